@@ -1,0 +1,25 @@
+"""Fixtures of all tests; the helpers behind them are in tiny.py."""
+
+import shutil
+
+import pytest
+
+from tiny import build_photos, build_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of the tiny random Z-Image pipeline. Shared by all tests: read it, never write to it."""
+    return build_tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny-z-image")
+
+
+@pytest.fixture(scope="session")
+def shared_photos(tmp_path_factory):
+    """Folder of six photographs, shared by all tests: read it, never write to it."""
+    return build_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def photos(shared_photos, tmp_path):
+    """Folder of six photographs for this test alone, which may add captions to it or take pictures out."""
+    return shutil.copytree(shared_photos, tmp_path / "photos")

@@ -1,0 +1,285 @@
+"""What the tests share: a tiny random Z-Image pipeline, a few photographs, and ways to run the trainer.
+
+    build_tiny_pipeline(folder)                     a complete pipeline folder of the real classes, made offline
+    build_photos(folder)                            six photographs of different shapes
+    train_args(model, data, out, rank=8)            the flags of a quick training run, as a list
+    launch(*train_args(...))                        through `accelerate launch`, as a user types it
+    run_script(*train_args(...))                    the script alone, for its own exit status
+    launch_distributed(2, *train_args(...))         several CPU processes
+    lora_tensors(out), lora_metadata(out)           what the saved LoRA file holds
+
+`accelerate launch` answers every failure of the script with a traceback of its own and exit status 1: use `run_script`
+to look at exit status 2 and its one line. Tests of single functions import the script as a module
+(`import train_dreambooth_lora_z_image as trainer`) and need no process; `trainer.main(trainer.parse_args(argv))` works
+there too, but accelerate keeps its state for the life of the process.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_dreambooth_lora_z_image.py"
+LAUNCHER_FLAGS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu")
+
+# Like Qwen3's template for plain conversations: an empty thought is written out when thinking is switched off.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}"
+    "{%- endif %}"
+)
+
+
+def build_tokenizer():
+    """A Qwen2 tokenizer without merges: one token for each byte, and Qwen3's special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {character: token_id for token_id, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_tiny_pipeline(folder, seed=0, shift=6.0, dtype=torch.float32):
+    """Saves a random Z-Image pipeline of about 0.5 M parameters to `folder` and returns the folder as a Path.
+
+    Everything that the trainer and the pipeline rely on is as in the published model: the classes, 16 latent channels
+    with their shift and scaling factors, the VAE's factor of 8, the scheduler's shift, the chat template. Every width
+    is a multiple of 16, so that float8 products accept it.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        text_encoder = Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                max_position_embeddings=1024,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        transformer = ZImageTransformer2DModel(
+            in_channels=16,
+            dim=48,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=3,
+            n_kv_heads=3,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 512, 512],
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            sample_size=1024,
+            force_upcast=True,
+        )
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift, use_dynamic_shifting=False),
+        vae=vae.eval().to(dtype),
+        text_encoder=text_encoder.eval().to(dtype),
+        tokenizer=tokenizer,
+        transformer=transformer.eval().to(dtype),
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_photos(folder):
+    """Saves six photographs of different shapes, 96 to 200 pixels on a side, and returns the folder as a Path.
+
+    They come with scikit-image and need no download: JPEG and PNG, one square, three wide, two tall.
+    """
+    from PIL import Image
+    from skimage import data
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    motorcycle, _, _ = data.stereo_motorcycle()
+    crops = {  # file name: (picture, crop as left, top, right, bottom, size)
+        "astronaut.jpg": (data.astronaut(), (0, 0, 512, 512), (128, 128)),
+        "astronaut_tall.png": (data.astronaut(), (100, 0, 356, 384), (96, 144)),
+        "cat.png": (data.chelsea(), (0, 0, 451, 300), (180, 120)),
+        "coffee.jpg": (data.coffee(), (0, 0, 600, 400), (192, 128)),
+        "motorcycle.jpg": (motorcycle, (0, 0, motorcycle.shape[1], motorcycle.shape[0]), (200, 135)),
+        "rocket_tall.jpg": (data.rocket(), (180, 0, 465, 427), (112, 168)),
+    }
+    for name, (pixels, crop, size) in crops.items():
+        Image.fromarray(pixels).crop(crop).resize(size, Image.Resampling.LANCZOS).save(folder / name)
+    return folder
+
+
+def train_args(model, data, out, **overrides):
+    """The flags of a run of two steps at 64 pixels, as a list of strings.
+
+    Keywords add or replace flags: True gives the bare flag, None or False leaves it out, anything else is its value. A
+    `data` of None leaves the picture folder out, for `dataset_name`.
+    """
+    flags = {
+        "pretrained_model_name_or_path": model,
+        "instance_data_dir": data,
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": out,
+        "resolution": 64,
+        "train_batch_size": 1,
+        "max_train_steps": 2,
+        "report_to": "none",
+        "skip_final_inference": True,
+        "seed": 0,
+    }
+    flags.update(overrides)
+    return [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in flags.items()
+        if value is not None and value is not False
+    ]
+
+
+@dataclass
+class Finished:
+    """A process that has ended, with its output as text."""
+
+    command: list[str]
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self):
+        return self.stdout + self.stderr
+
+    def __str__(self):
+        parts = [f"exit status {self.returncode}: {shlex.join(self.command)}"]
+        for name, text in (("stdout", self.stdout), ("stderr", self.stderr)):
+            lines = text.splitlines()
+            shown = lines[-60:]
+            parts.append(f"--- {name}, last {len(shown)} of {len(lines)} lines ---")
+            parts.extend(shown)
+        return "\n".join(parts)
+
+
+def training_environment(env=None):
+    """The environment of a training process in the tests: offline, one thread, no trace of an outer launcher."""
+    launcher_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in launcher_variables and not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    environment.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+    environment.update(env or {})
+    return environment
+
+
+def run(command, env=None, cwd=ROOT, timeout=300, check=True):
+    """Runs a command in a process group of its own, which is killed when `timeout` seconds are over."""
+    command = [str(part) for part in command]
+    process = subprocess.Popen(
+        command,
+        env=training_environment(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        finished = Finished(command, process.returncode, stdout, stderr)
+        raise AssertionError(f"killed after {timeout} seconds, {finished}") from None
+    finished = Finished(command, process.returncode, stdout, stderr)
+    assert not check or finished.returncode == 0, str(finished)
+    return finished
+
+
+def launch(*args, launcher_flags=LAUNCHER_FLAGS, env=None, cwd=ROOT, timeout=300, check=True):
+    """Runs the trainer through `accelerate launch`, by default as one CPU process, whatever the machine's own config.
+
+    For a config file: `launcher_flags=["--config_file", "configs/cpu.yaml"]`. For several processes there is
+    `launch_distributed`: `accelerate launch --cpu` starts one, whatever `--num_processes` says.
+    """
+    accelerate = Path(sys.executable).with_name("accelerate")
+    return run([accelerate, "launch", *launcher_flags, SCRIPT, *args], env, cwd, timeout, check)
+
+
+def run_script(*args, env=None, cwd=ROOT, timeout=300, check=True):
+    """Runs the trainer without a launcher on the CPU, so that its exit status and its messages are its own."""
+    return run([sys.executable, SCRIPT, *args], {"ACCELERATE_USE_CPU": "1", **(env or {})}, cwd, timeout, check)
+
+
+def launch_distributed(num_processes, *args, script=SCRIPT, env=None, cwd=ROOT, timeout=300, check=True):
+    """Runs the trainer as `num_processes` CPU processes that speak gloo, through torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return run([*torchrun, script, *args], {"ACCELERATE_USE_CPU": "1", **(env or {})}, cwd, timeout, check)
+
+
+def lora_file(path):
+    """The LoRA file at `path`, which may be the file or the output folder that holds it."""
+    path = Path(path)
+    return path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+
+
+def lora_tensors(path):
+    """The tensors of a LoRA file by name, in their stored type."""
+    from safetensors.torch import load_file
+
+    return load_file(lora_file(path))
+
+
+def lora_metadata(path):
+    """The adapter metadata of a LoRA file (rank, alpha, target modules, ...) by component, without tensors."""
+    from safetensors import safe_open
+
+    with safe_open(lora_file(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+    return json.loads(metadata.get("lora_adapter_metadata", "{}"))

@@ -1,0 +1,2119 @@
+#!/usr/bin/env python
+# Copyright 2026 the authors of this project.
+# Licensed under the Apache License, Version 2.0: see LICENSE.
+"""Teach Z-Image a subject, a character or a style from a few pictures, as a LoRA.
+
+    accelerate launch train_dreambooth_lora_z_image.py \\
+        --pretrained_model_name_or_path Tongyi-MAI/Z-Image --instance_data_dir dog \\
+        --instance_prompt "a photo of sks dog" --mixed_precision bf16 --gradient_checkpointing --cache_latents \\
+        --max_train_steps 500 --output_dir trained-z-image-lora
+
+    accelerate launch train_dreambooth_lora_z_image.py @configs/character.args --dry_run ...    # the plan, no training
+    accelerate launch train_dreambooth_lora_z_image.py ... --resume_from_checkpoint latest      # go on after a stop
+
+The data flows in a straight line, and the file is written in its order:
+
+    picture file -> upright RGB -> bucket -> resized and cropped -> latents
+    caption -> chat template -> Qwen3 hidden state -> prompt embedding
+    (latents, noise, sigma) -> noisy latents -> velocity -> loss -> gradients of the LoRA -> LoRA file -> pipeline, Hub
+
+Three rules hold everywhere. Models are loaded in stages, each freed before the next, so that peak memory is the
+largest stage and not the sum. What is random about a sample is a function of the seed and of its number in the
+run, so that a resumed run is the same run. The gradient of an update is the mean over its samples, however they are
+split into micro-batches and processes.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, gather_object
+from diffusers import (
+    AutoencoderKL,
+    BitsAndBytesConfig,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    free_memory,
+    generate_aspect_ratio_buckets,
+    offload_models,
+)
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageCms, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+
+logger = logging.getLogger("train_dreambooth_lora_z_image")
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"  # these two, and the LoRA in float32, make a checkpoint
+MANIFEST = "manifest.json"
+RUN_FILE = "run.json"  # in the output folder of a finished run
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
+PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
+TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its message is one line that names the flag or file, and the mend."""
+
+
+class TrainingError(RuntimeError):
+    """Training or saving cannot go on. Its message is one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose `@file` arguments may hold comments and several words a line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def convert_arg_line_to_args(self, line):
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"cannot read the line {line!r} of an @file: {error}")
+
+
+def boolean(text):
+    """`true`, `1`, `yes` or their opposites, in any letter case."""
+    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return value
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite `kind` (int or float) with `low <= value <= high`, or `value > above`."""
+
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} is above {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+count = number(int, low=1)
+whole = number(int, low=0)
+positive = number(float, above=0)
+non_negative = number(float, low=0)
+fraction = number(float, low=0, high=1)
+
+
+def build_parser():
+    """The command line: every flag, in groups by topic."""
+    # fmt: off
+    parser = OneLineErrorParser(
+        prog="train_dreambooth_lora_z_image.py",
+        description="Teach Z-Image a subject, a character or a style from a few pictures, as a LoRA.",
+        epilog="@FILE reads arguments from a file: one flag a line, # begins a comment.",
+        fromfile_prefix_chars="@",
+    )
+
+    add = parser.add_argument_group("Model and precision").add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="Z-Image: a local folder or a Hub id.")
+    add("--revision", help="Branch, tag or commit of the model on the Hub.")
+    add("--variant", help="Variant of the weight files, for example fp16.")
+    add("--cache_dir", help="Where models and data sets from the Hub are downloaded to.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="Type of the frozen weights and of the products; the LoRA stays float32. Default: accelerate's config.")
+    add("--do_fp8_training", action="store_true",
+        help="Hold the transformer in float8 and multiply in float8 (CUDA needs compute capability 8.9).")
+    add("--bnb_quantization_config_path", metavar="JSON",
+        help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
+    add("--gradient_checkpointing", action="store_true",
+        help="Recompute each transformer block in the backward pass: far less memory, about a third slower.")
+    add("--offload", action="store_true",
+        help="Keep the text encoder and the VAE in host memory, on the device only while they encode.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
+    add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
+    add("--attention_backend", metavar="NAME",
+        help="A backend of diffusers' attention dispatcher, for example native.")
+    add("--enable_npu_flash_attention", action="store_true", help="Use the NPU's flash attention (needs torch_npu).")
+    add("--fsdp_text_encoder", action="store_true", help="Shard the text encoder over the processes while it encodes.")
+
+    add = parser.add_argument_group("Data").add_argument
+    add("--instance_data_dir", metavar="DIR",
+        help="Folder of pictures. photo.txt beside photo.jpg, or metadata.jsonl, gives captions.")
+    add("--dataset_name", metavar="NAME", help="Instead of a folder: a data set on the Hub or on disk.")
+    add("--dataset_config_name", metavar="NAME", help="Configuration of that data set.")
+    add("--image_column", default="image", metavar="NAME", help="Its column of pictures. Default: image.")
+    add("--caption_column", metavar="NAME", help="Its column of captions, or the field of metadata.jsonl.")
+    add("--instance_prompt", required=True, metavar="PROMPT",
+        help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
+    add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
+    add("--resolution", type=count, default=1024, metavar="PIXELS",
+        help="Side of the training pictures. Default: 1024.")
+    add("--aspect_ratio_buckets", metavar='"H,W;H,W"',
+        help="Train each picture at the listed size nearest to its shape.")
+    add("--use_aspect_ratio_buckets", action="store_true",
+        help="Compute such sizes from --resolution; a small picture is not enlarged.")
+    add("--center_crop", action="store_true", help="Crop the middle. Without it, a crop is drawn anew every epoch.")
+    add("--random_flip", action="store_true", help="Mirror half of the samples, drawn anew every epoch.")
+    add("--max_sequence_length", type=count, default=512, metavar="TOKENS",
+        help="Longest prompt in tokens; a longer caption is cut, with a warning. Default: 512.")
+    add("--caption_dropout", type=fraction, default=0.0, metavar="SHARE",
+        help="Share of samples trained on the empty prompt. Default: 0.")
+    add("--cache_latents", action="store_true",
+        help="Encode all pictures once, then free the VAE. Crops are drawn once; both flips are kept.")
+    add("--encoding_cache_dir", metavar="DIR",
+        help="Keep latents and prompt embeddings there, so that the next run need not encode them again.")
+    add("--dataloader_num_workers", type=whole, default=0, metavar="N",
+        help="Processes that read pictures. Default: 0.")
+
+    add = parser.add_argument_group("Prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true", help="Train on pictures of the class too, against drift.")
+    add("--class_data_dir", metavar="DIR", help="Folder of class pictures; missing ones are generated into it.")
+    add("--class_prompt", metavar="PROMPT", help='What they show, for example "a photo of a dog".')
+    add("--num_class_images", type=count, default=100, metavar="N", help="How many there must be. Default: 100.")
+    add("--prior_loss_weight", type=non_negative, default=1.0, metavar="W", help="Weight of their loss. Default: 1.")
+    add("--sample_batch_size", type=count, default=4, metavar="N", help="Batch size of generating them. Default: 4.")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
+        help="Precision of generating them. Default: that of training.")
+
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=count, default=4, metavar="N", help="Dimension of the LoRA matrices. Default: 4.")
+    add("--lora_alpha", type=positive, default=4, metavar="A",
+        help="The update is scaled by alpha / rank. Default: 4.")
+    add("--lora_dropout", type=number(float, low=0, high=0.99), default=0.0, metavar="P",
+        help="Dropout on the input of the LoRA. Default: 0.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", metavar="NAMES",
+        help="Modules that get a LoRA: suffixes such as to_q, or paths such as layers.0.attention.to_q.")
+
+    add = parser.add_argument_group("Optimization").add_argument
+    add("--train_batch_size", type=count, default=4, metavar="N", help="Pictures at once in each process. Default: 4.")
+    add("--gradient_accumulation_steps", type=count, default=1, metavar="N",
+        help="Batches whose gradients make one update. Default: 1.")
+    add("--num_train_epochs", type=count, default=1, metavar="N", help="Passes over the data. Default: 1.")
+    add("--max_train_steps", type=count, metavar="N", help="Updates in all; overrides --num_train_epochs.")
+    add("--learning_rate", type=positive, default=0.0001, metavar="LR", help="Default: 1e-4. For Prodigy give 1.0.")
+    add("--scale_lr", action="store_true", help="Multiply the learning rate by the total batch size.")
+    schedulers = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
+    add("--lr_scheduler", default="constant", metavar="NAME", choices=schedulers,
+        help="%(choices)s. Default: constant.")
+    add("--lr_warmup_steps", type=whole, default=500, metavar="N", help="Updates of warm-up. Default: 500.")
+    add("--lr_num_cycles", type=count, default=1, metavar="N", help="Restarts of cosine_with_restarts. Default: 1.")
+    add("--lr_power", type=positive, default=1.0, metavar="P", help="Power of polynomial. Default: 1.")
+    add("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw", metavar="{AdamW,prodigy}",
+        help="Default: AdamW.")
+    add("--use_8bit_adam", action="store_true", help="Keep AdamW's state in 8 bits (bitsandbytes).")
+    add("--adam_beta1", type=fraction, default=0.9, metavar="B", help="Of AdamW and Prodigy. Default: 0.9.")
+    add("--adam_beta2", type=fraction, default=0.999, metavar="B", help="Of AdamW and Prodigy. Default: 0.999.")
+    add("--adam_weight_decay", type=non_negative, default=0.0001, metavar="W", help="Of both as well. Default: 1e-4.")
+    add("--adam_epsilon", type=positive, default=1e-08, metavar="E", help="Of both as well. Default: 1e-8.")
+    add("--prodigy_beta3", type=fraction, metavar="B", help="Of Prodigy's step size. Default: the root of beta2.")
+    for name, text in [
+        ("decouple", "Decoupled weight decay, as in AdamW."),
+        ("use_bias_correction", "Adam's bias correction in Prodigy."),
+        ("safeguard_warmup", "Keep the warm-up out of Prodigy's estimate."),
+    ]:
+        add(f"--prodigy_{name}", type=boolean, nargs="?", const=True, default=True, metavar="BOOL",
+            help=f"{text} Default: true.")
+    add("--max_grad_norm", type=positive, default=1.0, metavar="NORM", help="Gradients are clipped to it. Default: 1.")
+    add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none",
+        help="Density of the timesteps, or weighting of the loss, after the SD3 paper. Default: none (uniform).")
+    add("--logit_mean", type=number(float), default=0.0, metavar="M", help="Of logit_normal; above 0: more noise.")
+    add("--logit_std", type=positive, default=1.0, metavar="S", help="Of logit_normal. Default: 1.")
+    add("--mode_scale", type=number(float), default=1.29, metavar="S", help="Of mode. Default: 1.29.")
+    add("--timestep_shift", type=positive, metavar="S",
+        help="Shift of the training sigmas alone; inference keeps its own. Default: the scheduler's.")
+    add("--seed", type=number(int, low=0, high=2 ** 63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
+
+    add = parser.add_argument_group("Validation").add_argument
+    add("--validation_prompt", metavar="PROMPT",
+        help="Draw pictures of it while training, always from the same noise.")
+    add("--num_validation_images", type=count, default=4, metavar="N", help="How many for each prompt. Default: 4.")
+    add("--validation_epochs", type=count, default=50, metavar="N", help="Draw them every N epochs. Default: 50.")
+    add("--final_validation_prompt", metavar="PROMPT",
+        help="For the pictures after training. Default: the same prompt.")
+    add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
+    add("--guidance_scale", type=non_negative, default=5.0, metavar="G",
+        help="Guidance of all pictures that are drawn; 0 for Turbo. Default: 5.")
+    add("--validation_num_inference_steps", type=count, metavar="N", help="Denoising steps. Default: the pipeline's.")
+
+    add = parser.add_argument_group("Output").add_argument
+    add("--output_dir", default="z-image-dreambooth-lora", metavar="DIR",
+        help="For the LoRA, checkpoints and pictures. Default: %(default)s.")
+    add("--logging_dir", default="logs", metavar="DIR", help="For tensorboard, inside --output_dir. Default: logs.")
+    add("--report_to", default="tensorboard", metavar="TRACKER",
+        help="accelerate's trackers: tensorboard, wandb, ..., all or none. Default: tensorboard.")
+    add("--checkpointing_steps", type=count, default=500, metavar="N", help="Save every N updates. Default: 500.")
+    add("--checkpoints_total_limit", type=count, metavar="N", help="Keep only the newest N. Default: all.")
+    add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint folder, or latest.")
+    add("--upcast_before_saving", action="store_true", help="Save the LoRA in float32, not in the training precision.")
+    add("--push_to_hub", action="store_true", help="Upload the LoRA, its card and its pictures.")
+    add("--hub_model_id", metavar="ID", help="Repository. Default: the name of --output_dir.")
+    add("--hub_token", metavar="TOKEN", help="Default: the token of hf auth login.")
+    add("--hub_private", action="store_true", help="Make the repository private.")
+    add("--dry_run", action="store_true", help="Read the data, print the plan, train nothing.")
+
+    add = parser.add_argument_group("Accepted without effect").add_argument
+    add("--text_encoder_lr", type=float, help="The text encoder is frozen.")
+    add("--adam_weight_decay_text_encoder", type=float, help="The text encoder is frozen.")
+    add("--local_rank", type=int, help="The launcher's environment decides.")
+    # fmt: on
+    return parser
+
+
+def parse_args(argv=None):
+    """Parse and check a command line (default: `sys.argv[1:]`). A mistake exits with status 2 and one line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        parser.error("give exactly one of --instance_data_dir and --dataset_name")
+    if args.dataset_config_name and not args.dataset_name:
+        parser.error("--dataset_config_name belongs to --dataset_name: give that too, or leave it out")
+    if args.do_fp8_training and args.bnb_quantization_config_path:
+        parser.error("--do_fp8_training and --bnb_quantization_config_path exclude each other: choose one")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.adam_beta1 == 1 or args.adam_beta2 == 1:
+        parser.error("--adam_beta1 and --adam_beta2 must be below 1")
+    try:
+        args.aspect_ratio_buckets and parse_buckets(args.aspect_ratio_buckets)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+
+
+def ineffective_flags(args):
+    """Lines about flags that were given and change nothing, as the rest of the command line stands."""
+    lines = []
+    for name, reason in [
+        ("text_encoder_lr", "the text encoder is frozen"),
+        ("adam_weight_decay_text_encoder", "the text encoder is frozen"),
+        ("local_rank", "the launcher's environment decides"),
+    ]:
+        if getattr(args, name) is not None:
+            lines.append(f"--{name} has no effect: {reason}")
+    if args.use_8bit_adam and args.optimizer == "prodigy":
+        lines.append("--use_8bit_adam has no effect: Prodigy keeps its state in float32")
+    if (args.class_data_dir or args.class_prompt) and not args.with_prior_preservation:
+        lines.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        lines.append(f"--learning_rate {args.learning_rate:g} is low for Prodigy, which finds its own: 1.0 is usual")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
+        lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant: take constant_with_warmup")
+    return lines
+
+
+def parse_buckets(text):
+    """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
+    buckets = []
+    for pair in filter(None, (part.strip() for part in text.split(";"))):
+        try:
+            height, width = (int(side) for side in pair.split(","))
+        except ValueError:
+            raise UserError(f"--aspect_ratio_buckets: {pair!r} is not a pair height,width") from None
+        if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+            raise UserError(f"--aspect_ratio_buckets: {pair} must be positive multiples of {SIZE_MULTIPLE}")
+        buckets.append((height, width))
+    if not buckets:
+        raise UserError('--aspect_ratio_buckets is empty: give pairs such as "1024,1024;832,1248"')
+    return buckets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A picture to train on."""
+
+    name: str  # what messages call it
+    source: Path | Callable  # its file, or a function that gives its bytes
+    caption: str
+    size: tuple[int, int]  # (height, width) in pixels, upright
+
+
+def load_examples(args):
+    """The instance pictures with their captions, from headers alone, sorted by name. Raises UserError."""
+    if args.dataset_name:
+        return load_dataset_examples(args)
+    folder = Path(args.instance_data_dir)
+    captions = read_metadata(folder, args.caption_column)
+    files = list_pictures(folder, "--instance_data_dir")
+    unlisted = {name: folder / name for name in captions if folder / name not in files}
+    for name, path in unlisted.items():
+        if not path.is_file():
+            raise UserError(f"{folder / 'metadata.jsonl'} names {name!r}, which is not in the folder: mend the line")
+    if not files and not unlisted:
+        raise UserError(
+            f"--instance_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there"
+        )
+    examples = []
+    for path in sorted([*files, *unlisted.values()]):
+        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or args.instance_prompt
+        examples.append(Example(str(path), path, caption, picture_size(str(path), path)))
+    return examples
+
+
+def list_pictures(folder, flag):
+    """The pictures directly in `folder`, hidden files left out. Raises UserError if it is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder} is not a folder: check the path")
+    try:
+        files = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
+    except PermissionError:
+        raise UserError(f"{flag} {folder} cannot be read: check its permissions") from None
+    pictures = sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+    other = [p.name for p in files if p.suffix.lower() in {".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng"}]
+    if other:
+        logger.warning(f"{folder}: left out, convert to JPEG or PNG to use: {', '.join(map(repr, sorted(other)[:5]))}")
+    return pictures
+
+
+def read_text(path):
+    """The UTF-8 text of a file, stripped. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it in that encoding") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_sidecar(picture):
+    """The caption in `photo.txt` beside `photo.jpg`, or nothing."""
+    path = picture.with_suffix(".txt")
+    return read_text(path) if path.is_file() else ""
+
+
+def read_metadata(folder, caption_column):
+    """{file name relative to `folder`: caption} from its `metadata.jsonl`, if it has one. Raises UserError."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        if caption_column:
+            raise UserError(f"--caption_column needs {path}, which does not exist: make it, or leave the flag out")
+        return {}
+    rows = {}
+    for line_number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = Path(row["file_name"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f'{path}, line {line_number}: not a JSON object with "file_name": mend it') from None
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path}, line {line_number}: {row['file_name']!r} points outside the folder")
+        rows[name.as_posix()] = row
+    fields = {field for row in rows.values() for field in row} - {"file_name"}
+    if caption_column and caption_column not in fields:
+        raise UserError(
+            f"--caption_column {caption_column}: {path} has only {', '.join(sorted(fields)) or 'no fields'}"
+        )
+    column = caption_column or next((name for name in ("text", "caption", "prompt") if name in fields), None)
+    return {name: clean_caption(row.get(column), f"{path}, {name!r}") for name, row in rows.items()}
+
+
+def clean_caption(caption, where):
+    """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
+    if isinstance(caption, (list, tuple)) and caption:
+        caption = caption[0]
+    if caption is None:
+        return ""
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: the caption {caption!r} is not a text")
+    return caption.strip()
+
+
+def load_dataset_examples(args):
+    """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
+    try:
+        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # the library raises its own, and those of every format and of the network
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {first_line(error)}") from None
+    data = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
+        if column and column not in data.column_names:
+            raise UserError(f"{flag} {column}: {args.dataset_name} has only {', '.join(data.column_names)}")
+    data = data.cast_column(args.image_column, datasets.Image(decode=False))
+    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+    if not len(data):
+        raise UserError(f"--dataset_name {args.dataset_name} is empty")
+    examples = []
+    for index, caption in enumerate(captions):
+        name = f"{args.dataset_name}[{index}]"
+        source = functools.partial(read_dataset_picture, data, args.image_column, index)
+        caption = clean_caption(caption, name) or args.instance_prompt
+        examples.append(Example(name, source, caption, picture_size(name, source)))
+    return examples
+
+
+def read_dataset_picture(data, column, index):
+    """The encoded picture in a row of a data set, as bytes."""
+    picture = data[index][column]
+    return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+
+
+def read_bytes(source):
+    """The encoded picture of an example."""
+    return source.read_bytes() if isinstance(source, Path) else source()
+
+
+def open_picture(source):
+    """An open Pillow picture, not yet decoded."""
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
+
+
+@contextlib.contextmanager
+def picture_errors(name):
+    """Turns whatever Pillow raises about a bad picture into a UserError that names it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        reason = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else first_line(error)
+        raise UserError(f"{name} cannot be read as a picture ({reason}): replace or remove it") from None
+
+
+def first_line(error):
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def picture_size(name, source):
+    """(height, width) of the upright picture, from its header alone. Raises UserError."""
+    with picture_errors(name), open_picture(source) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 are on their side
+    return (width, height) if turned else (height, width)
+
+
+def decode_image(name, source):
+    """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent."""
+    with picture_errors(name), open_picture(source) as image:
+        profile = image.info.get("icc_profile")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        elif image.mode == "F":
+            image = image.point(lambda value: value * 255 if image.getextrema()[1] <= 1 else value).convert("L")
+        if profile and image.mode in ("RGB", "CMYK", "L"):
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
+                image = ImageCms.profileToProfile(
+                    image,
+                    ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                    ImageCms.createProfile("sRGB"),
+                    outputMode="RGB",
+                )
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def assign_buckets(examples, args):
+    """The training size (height, width) of each example."""
+    buckets = list_buckets(args)
+    return [assign_bucket(example.size, buckets, args.resolution) for example in examples]
+
+
+def list_buckets(args):
+    """The bucket ladder as [(height, width), ...], or None where each picture finds its own size."""
+    if args.aspect_ratio_buckets:
+        return parse_buckets(args.aspect_ratio_buckets)
+    return None if args.use_aspect_ratio_buckets else [(round_size(args.resolution),) * 2]
+
+
+def round_size(side):
+    """The multiple of 16 nearest to `side`, at least 16."""
+    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+
+def assign_bucket(size, buckets, resolution):
+    """The training size (height, width) of a picture of `size`.
+
+    With `buckets`, the one nearest in shape (ties: in area). Without, the nearest in shape of a ladder computed for
+    `resolution`, or for the largest smaller resolution whose bucket the picture fills without being enlarged.
+    """
+    height, width = size
+
+    def distance(bucket):
+        shape = abs(math.log(height / width) - math.log(bucket[0] / bucket[1]))
+        return round(shape, 6), abs(height * width - bucket[0] * bucket[1])
+
+    if buckets:
+        return min(buckets, key=distance)
+    for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+        bucket = min(ladder(side), key=distance)
+        if bucket[0] <= height and bucket[1] <= width:
+            return bucket
+    return (SIZE_MULTIPLE, SIZE_MULTIPLE)
+
+
+@functools.cache
+def ladder(resolution):
+    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
+    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+
+
+def fit_to_bucket(image, bucket, crop, flip):
+    """Scale a picture to cover `bucket` (height, width), cut it there, and mirror it if `flip`.
+
+    `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
+    so that a picture of extreme shape costs no more memory than another. Gives [3, H, W] in [-1, 1].
+    """
+    height, width = bucket
+    scale = max(height / image.height, width / image.width)
+    kept_height, kept_width = min(image.height, height / scale), min(image.width, width / scale)
+    top, left = crop[0] * (image.height - kept_height), crop[1] * (image.width - kept_width)
+    box = (left, top, left + kept_width, top + kept_height)
+    image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    if flip:
+        image = ImageOps.mirror(image)
+    return picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def picture_tensor(image):
+    """An RGB picture as uint8 [H, W, 3]."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def load_class_examples(args):
+    """The pictures of the class there are, with the class prompt where they have no caption of their own."""
+    folder = Path(args.class_data_dir)
+    files = list_pictures(folder, "--class_data_dir") if folder.exists() else []
+    return [Example(str(p), p, read_sidecar(p) or args.class_prompt, picture_size(str(p), p)) for p in files]
+
+
+def verify_pictures(examples):
+    """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
+    for example in examples:
+        with picture_errors(example.name), open_picture(example.source) as image:
+            image.draft("RGB", (64, 64))
+            image.load()
+
+
+def seeded_generator(*parts):
+    """A CPU generator whose state is a function of `parts` alone."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Sample(NamedTuple):
+    """One example's turn in training."""
+
+    number: int  # in the run; with the seed, it decides everything random about the sample
+    kind: str  # "instance" or "class"
+    index: int  # of the example
+    prompt: str
+    flip: bool
+    weight: float  # of its loss in the update
+
+
+class DreamBoothDataset(Dataset):
+    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
+
+    examples, buckets: {"instance": [...], "class": [...]}; prompt_embeds: {prompt: [L, D]}; sigmas: [1000], ascending;
+    latents: {(kind, index, flip): [C, h, w]}, empty where pictures are decoded as they come.
+    """
+
+    def __init__(self, examples, buckets, prompt_embeds, sigmas, run):
+        self.examples, self.buckets, self.prompt_embeds, self.sigmas = examples, buckets, prompt_embeds, sigmas
+        self.model, self.args, self.seed = run.model, run.args, run.seed
+        self.latents = {}
+
+    def pixels(self, kind, index, flip, draw):
+        """An example's picture as [3, H, W] in [-1, 1], its crop drawn from the seed and `draw`."""
+        generator = seeded_generator(self.seed, "crop", kind, draw)
+        crop = (0.5, 0.5) if self.args.center_crop else torch.rand(2, generator=generator).tolist()
+        example = self.examples[kind][index]
+        return fit_to_bucket(decode_image(example.name, example.source), self.buckets[kind][index], crop, flip)
+
+    def __getitem__(self, sample):
+        item = {"sample": sample, "prompt_embeds": self.prompt_embeds[sample.prompt]}
+        if self.latents:
+            item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
+        else:
+            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, draw=sample.number)
+        generator = seeded_generator(self.seed, "objective", sample.kind, sample.number)
+        item["sigmas"] = sample_sigmas(self.sigmas, self.args, generator)
+        item["noise"] = torch.randn(
+            self.model.latent_shape(self.buckets[sample.kind][sample.index]), generator=generator
+        )
+        return item
+
+
+def collate(items):
+    """A micro-batch: tensors stacked to [B, ...], the prompt embeddings (of different lengths) as a list."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    batch["weights"] = [torch.tensor(sample.weight) for sample in batch.pop("sample")]
+    return {key: values if key == "prompt_embeds" else torch.stack(values) for key, values in batch.items()}
+
+
+class Schedule(NamedTuple):
+    """How long the run is, and what an update takes."""
+
+    samples_per_epoch: int
+    total_batch_size: int  # instance samples in an update, over all processes and micro-batches
+    updates_per_epoch: int
+    max_train_steps: int
+    learning_rate: float
+
+
+def make_schedule(args, num_pictures, num_processes):
+    """The run's schedule, from the flags and the number of instance pictures."""
+    samples = num_pictures * args.repeats
+    total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    updates = math.ceil(samples / total_batch_size)
+    return Schedule(
+        samples,
+        total_batch_size,
+        updates,
+        args.max_train_steps or args.num_train_epochs * updates,
+        args.learning_rate * (total_batch_size if args.scale_lr else 1),
+    )
+
+
+class BucketBatchSampler:
+    """Decides, as a function of the seed alone, which samples make each update and how a process goes through them.
+
+    An update takes `train_batch_size * gradient_accumulation_steps * num_processes` instance samples, of one bucket
+    as long as that bucket lasts and then of what is left over, and with prior preservation as many class samples, the
+    class images taking turns. Only an epoch's last update can be smaller. How many processes and micro-batches share
+    an update does not change what is in it.
+    """
+
+    def __init__(self, dataset, schedule, first_update, run):
+        self.examples, self.buckets, self.prompt_embeds = dataset.examples, dataset.buckets, dataset.prompt_embeds
+        self.schedule, self.first_update, self.args, self.seed = schedule, first_update, run.args, run.seed
+        self.num_processes, self.process_index = run.accelerator.num_processes, run.accelerator.process_index
+        self.lockstep = run.sharded  # then every process must run as many forward passes as the others
+        self.epoch = functools.lru_cache(maxsize=2)(self.plan_epoch)
+
+    def __iter__(self):
+        """This process's micro-batches from update `first_update` to the end of the run."""
+        for step in range(self.first_update, self.schedule.max_train_steps):
+            yield from self.micro_batches(step)
+
+    def key(self, sample):
+        """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
+        tokens = math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE)
+        return (*self.buckets[sample.kind][sample.index], tokens if self.args.train_batch_size > 1 else 0)
+
+    def draw(self, kind, number, index):
+        """The sample of that number: its flip and whether its caption is dropped."""
+        flip, dropout = torch.rand(2, generator=seeded_generator(self.seed, "draw", kind, number)).tolist()
+        prompt = "" if dropout < self.args.caption_dropout else self.examples[kind][index].caption
+        return Sample(number, kind, index, prompt, self.args.random_flip and flip < 0.5, 1.0)
+
+    def plan_epoch(self, epoch):
+        """The instance samples of each update of an epoch, as a list of lists."""
+        generator = seeded_generator(self.seed, "order", epoch)
+        by_key = {}
+        for position, slot in enumerate(torch.randperm(self.schedule.samples_per_epoch, generator=generator).tolist()):
+            number = epoch * self.schedule.samples_per_epoch + position
+            sample = self.draw("instance", number, slot % len(self.examples["instance"]))
+            by_key.setdefault(self.key(sample), []).append(sample)
+        size = self.schedule.total_batch_size
+        whole = {key: len(samples) // size * size for key, samples in by_key.items()}
+        updates = [by_key[key][i : i + size] for key in by_key for i in range(0, whole[key], size)]
+        rest = [sample for key in sorted(by_key) for sample in by_key[key][whole[key] :]]
+        updates += [rest[i : i + size] for i in range(0, len(rest), size)]
+        return [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()]
+
+    def update(self, step):
+        """All samples of update `step` (from 0), weighted so that the sum of their losses is the objective."""
+        epoch, position = divmod(step, self.schedule.updates_per_epoch)
+        instances = self.epoch(epoch)[position]
+        samples = [sample._replace(weight=1 / len(instances)) for sample in instances]
+        if self.args.with_prior_preservation:
+            weight = self.args.prior_loss_weight / len(instances)
+            for number in (sample.number for sample in instances):
+                prior = self.draw("class", number, number % len(self.examples["class"]))
+                samples.append(prior._replace(weight=weight))
+        return sorted(samples, key=self.key)
+
+    def micro_batches(self, step):
+        """This process's share of an update, as lists of at most `train_batch_size` samples of one key."""
+        shares = [self.share(step, process) for process in range(self.num_processes)]
+        batches = shares[self.process_index]
+        if self.lockstep:
+            idle = self.update(step)[0]._replace(weight=0.0)
+            batches = batches + [[idle]] * (max(map(len, shares)) - len(batches))
+        return batches
+
+    def share(self, step, process):
+        """The micro-batches of one process."""
+        samples = self.update(step)
+        start, end = (len(samples) * p // self.num_processes for p in (process, process + 1))
+        batches = []
+        for sample in samples[start:end]:
+            last = batches[-1] if batches else []
+            if last and len(last) < self.args.train_batch_size and self.key(last[0]) == self.key(sample):
+                last.append(sample)
+            else:
+                batches.append([sample])
+        return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where the pipeline is, and what its configuration files say."""
+
+    path: str
+    hub_kwargs: dict  # revision, variant, cache_dir
+    transformer_config: dict
+    scheduler: FlowMatchEulerDiscreteScheduler
+    vae_scale_factor: int
+    latent_channels: int
+    identity: dict  # {component: what changes when its weights do}
+
+    def latent_shape(self, bucket):
+        """(C, h, w) of the latents of a picture of that (height, width)."""
+        return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
+
+    def load(self, cls, subfolder, **kwargs):
+        """A component with its weights. Raises UserError."""
+        try:
+            return cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is decided once and holds for the whole run."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: Model
+    seed: int
+    weight_dtype: torch.dtype  # of the frozen weights and the products
+
+    @property
+    def sharded(self):
+        """Whether the frozen weights are spread over the processes, so that all must take part in every pass."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    def share(self, items):
+        """This process's part of a list of work."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+
+def check_model(args):
+    """Read the configuration of every component, before anything expensive. Raises UserError."""
+    path, hub_kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    flag = f"--pretrained_model_name_or_path {path}"
+    classes = (ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler)
+    configs = {}
+    try:
+        index = DiffusionPipeline.load_config(path, **hub_kwargs)
+        for name, cls in zip(("transformer", "vae", "scheduler"), classes, strict=True):
+            configs[name] = cls.load_config(path, subfolder=name, **hub_kwargs)
+            if configs[name].get("_class_name") != cls.__name__:
+                raise UserError(f"{flag}: its {name} is a {configs[name].get('_class_name')}, not a {cls.__name__}")
+        text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder", **hub_kwargs)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} is not a complete Z-Image pipeline: {first_line(error)}") from None
+    if "text_encoder" not in index or "tokenizer" not in index:
+        raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
+    transformer, vae = configs["transformer"], configs["vae"]
+    if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
+        raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
+        raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
+    return Model(
+        path,
+        {**hub_kwargs, "variant": args.variant},
+        transformer,
+        scheduler,
+        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        latent_channels=vae["latent_channels"],
+        identity={name: component_identity(path, name, args) for name in ("text_encoder", "vae")},
+    )
+
+
+def component_identity(path, name, args):
+    """What tells one version of a component from another: its files' sizes and dates, or the revision on the Hub."""
+    if not Path(path).is_dir():
+        config = DiffusionPipeline.load_config(
+            path, revision=args.revision, cache_dir=args.cache_dir, return_commit_hash=True
+        )
+        return [path, config[-1], args.variant]
+    folders = [name, "tokenizer"] if name == "text_encoder" else [name]
+    files = [file for folder in folders for file in sorted(Path(path, folder).rglob("*")) if file.is_file()]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+class EncodingCache:
+    """Tensors on disk, each in a file named after everything it was computed from. `folder` None: no cache."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder) if folder else None
+
+    def file(self, key):
+        return self.folder / f"{digest_of(key)}.safetensors"
+
+    def get(self, key):
+        """The tensor, or None where there is none or its file is damaged."""
+        if self.folder is None or not (path := self.file(key)).is_file():
+            return None
+        try:
+            return load_file(path)["encoding"]
+        except Exception as error:  # whatever is wrong with the file, its content is made anew
+            logger.warning(f"--encoding_cache_dir: {path} is damaged and made anew ({first_line(error)})")
+            return None
+
+    def put(self, key, tensor):
+        """Write beside and rename, so that runs that share the folder never see half a file."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.file(key)
+            beside = path.with_suffix(f".{os.getpid()}")
+            save_file({"encoding": tensor.contiguous()}, beside)
+            os.replace(beside, path)
+
+
+def digest_of(value):
+    """A digest of anything whose repr says all of it."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def encode_prompts(prompts, run):
+    """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
+
+    The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
+    alone and at its own length: padding is masked there, and would only cost time. Raises UserError.
+    """
+    args, accelerator = run.args, run.accelerator
+    cache = EncodingCache(args.encoding_cache_dir)
+    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
+    settings = ("prompt", run.model.identity["text_encoder"], args.max_sequence_length, str(dtype))
+    embeds = {prompt: cache.get((*settings, prompt)) for prompt in prompts}
+    missing = [prompt for prompt, embed in embeds.items() if embed is None]
+    if not missing:
+        return embeds
+    pipeline = load_text_pipeline(run.model, dtype)
+    text_encoder = pipeline.text_encoder.requires_grad_(False)
+    if args.fsdp_text_encoder:
+        shard(text_encoder, text_encoder.layers, accelerator)
+    elif not args.offload:
+        text_encoder.to(accelerator.device)
+    offload = args.offload and not args.fsdp_text_encoder
+    encoded = []
+    with torch.no_grad(), offload_models(text_encoder, device=accelerator.device, offload=offload):
+        for prompt in missing if args.fsdp_text_encoder else run.share(missing):
+            length = min(count_tokens(pipeline.tokenizer, prompt, args.max_sequence_length), args.max_sequence_length)
+            embed = pipeline.encode_prompt(
+                [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
+            )[0][0].to("cpu", copy=True)
+            cache.put((*settings, prompt), embed)
+            encoded.append((prompt, embed))
+    embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
+    del pipeline, text_encoder
+    free_memory()
+    return embeds
+
+
+def load_text_pipeline(model, dtype):
+    """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
+    try:
+        return ZImagePipeline.from_pretrained(model.path, transformer=None, vae=None, dtype=dtype, **model.hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model.path}: its text encoder cannot be loaded: {first_line(error)}") from None
+
+
+def count_tokens(tokenizer, prompt, limit):
+    """Length of the prompt in the chat template; warns where `--max_sequence_length` will cut it."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    tokens = tokenizer(text).input_ids
+    if len(tokens) > limit:
+        logger.warning(
+            f"--max_sequence_length {limit} cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}... "
+            f"ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}"
+        )
+    return len(tokens)
+
+
+def load_vae(run):
+    """The frozen VAE, in float32: it loses detail in half precision. With `--offload` it waits in host memory."""
+    vae = run.model.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
+    return vae.to("cpu" if run.args.offload else run.accelerator.device)
+
+
+@torch.no_grad()
+def encode_images(vae, pixels, run):
+    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it."""
+    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+        latents = vae.encode(pixels.to(run.accelerator.device)).latent_dist.mode()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents, run):
+    """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
+    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+
+
+def cache_latents(dataset, run):
+    """{(kind, index, flip): latents [C, h, w] on the CPU} of every example, each encoded by one of the processes."""
+    cache = EncodingCache(run.args.encoding_cache_dir)
+    flips = (False, True) if run.args.random_flip else (False,)
+    numbered = [(kind, index) for kind in dataset.examples for index in range(len(dataset.examples[kind]))]
+    vae, encoded = None, []
+    for kind, index in run.share(numbered):
+        example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
+        content = hashlib.blake2b(read_bytes(example.source)).hexdigest() if cache.folder else None
+        crop = "center" if run.args.center_crop else (run.seed, kind, index)
+        for flip in flips:
+            key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
+            latents = cache.get(key)
+            if latents is None:
+                vae = vae or load_vae(run)
+                pixels = dataset.pixels(kind, index, flip, draw=("cached", index))
+                latents = encode_images(vae, pixels[None], run)[0].cpu()
+                cache.put(key, latents)
+            encoded.append(((kind, index, flip), latents))
+    del vae
+    free_memory()
+    return dict(gather_object(encoded))
+
+
+def generate_class_images(missing, prompt_embeds, run):
+    """Draw `missing` pictures of `--class_prompt` into the class folder, shared out among the processes."""
+    args, folder = run.args, Path(run.args.class_data_dir)
+    precision = args.prior_generation_precision or run.accelerator.mixed_precision
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
+    first = len(list_pictures(folder, "--class_data_dir"))
+    run.accelerator.wait_for_everyone()  # every process has counted before any picture is added
+    mine = run.share(range(first, first + missing))
+    batches = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
+    vae = load_vae(run)
+    for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
+        generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
+        images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
+        for number, image in zip(numbers, images, strict=True):
+            path = folder / f"class-{number:05d}.png"
+            image.save(path.with_suffix(".part"), format="PNG")
+            os.replace(path.with_suffix(".part"), path)
+    del transformer, vae
+    free_memory()
+    run.accelerator.wait_for_everyone()
+
+
+def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
+    """Pictures of a prompt, one for each generator, at `--resolution` and `--guidance_scale`.
+
+    The noise is drawn on the CPU, so that it is the same on every device; the VAE decodes in its own precision.
+    """
+    args = run.args
+    pipeline = ZImagePipeline(
+        run.model.scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
+    )
+    pipeline.vae_scale_factor = run.model.vae_scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
+    noise = torch.stack(
+        [torch.randn(run.model.latent_shape([round_size(args.resolution)] * 2), generator=g) for g in generators]
+    )
+    steps = {"num_inference_steps": args.validation_num_inference_steps} if args.validation_num_inference_steps else {}
+    with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
+        latents = pipeline(
+            prompt_embeds=[embed] * len(generators),
+            negative_prompt_embeds=[negative] * len(generators),
+            height=round_size(args.resolution),
+            width=round_size(args.resolution),
+            guidance_scale=args.guidance_scale,
+            latents=noise.to(run.accelerator.device),
+            output_type="latent",
+            **steps,
+        ).images
+    return pipeline.image_processor.postprocess(decode_latents(vae, latents, run))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer and LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_lora_layers(names, config):
+    """The linear layers that `--lora_layers` means: {requested name: [module path]}. Raises UserError.
+
+    A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
+    (`ff.net.0.proj`, `ff.net.2`) mean this model's.
+    """
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel.from_config(config)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    resolved = {}
+    for requested in filter(None, (name.strip() for name in names.split(","))):
+        own = [requested]
+        for foreign, ours in {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}.items():
+            if requested == foreign or requested.endswith("." + foreign):
+                own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
+                logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
+        resolved[requested] = [path for path in linear if any(names_module(name, path) for name in own)]
+        if not resolved[requested]:
+            known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
+            near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "try to_q, to_k, to_v, to_out.0 or feed_forward.w1"
+            raise UserError(f"--lora_layers: {requested!r} matches no linear layer of the transformer: {hint}")
+    if not resolved:
+        raise UserError("--lora_layers is empty: try to_k,to_q,to_v,to_out.0")
+    return resolved
+
+
+def names_module(name, path):
+    """Whether `name` means the module at `path`: `to_q`, `layers.0.attention.to_q`, `layers.0.to_q` or `layers.0`."""
+    if f".{name}." in f".{path}.":
+        return True
+    parts = name.split(".")
+    return any(
+        path.startswith(".".join(parts[:i]) + ".") and path.endswith("." + ".".join(parts[i:]))
+        for i in range(1, len(parts))
+    )
+
+
+def quantization_config(args, weight_dtype):
+    """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
+    path = args.bnb_quantization_config_path
+    if not path:
+        return None
+    try:
+        settings = json.loads(read_text(Path(path)))
+        if settings.get("load_in_4bit"):
+            settings["bnb_4bit_compute_dtype"] = weight_dtype
+        return BitsAndBytesConfig(**settings)
+    except UserError as error:
+        raise UserError(f"--bnb_quantization_config_path: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--bnb_quantization_config_path {path}: {first_line(error)}") from None
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def quantize_rows(matrix):
+    """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
+    limit = torch.finfo(FLOAT8).max
+    scale = matrix.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / limit
+    return (matrix / scale).clamp(-limit, limit).to(FLOAT8), scale
+
+
+class Float8Product(torch.autograd.Function):
+    """`x @ weight.T` with both products in float8: the forward one, and that of the gradient with respect to `x`.
+
+    The gradient sums over the output channels, each of which has a scale of its own, so those scales go into the
+    gradient before it is quantized. One set of float8 weights serves both; only while the backward pass runs there is
+    a transposed copy of one layer's, because tensor cores want the summed dimension contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, out_dtype):
+        ctx.save_for_backward(weight, scale)
+        ctx.x_dtype = x.dtype
+        rows, row_scale = quantize_rows(x)
+        return torch._scaled_mm(rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16).to(out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        rows, row_scale = quantize_rows(grad * scale.t())
+        columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
+        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16)
+        return product.to(ctx.x_dtype), None, None, None
+
+
+class FrozenFloat8Linear(torch.nn.Linear):
+    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other."""
+
+    compute_dtype = torch.float32  # PEFT makes adapters in this type
+
+    def __init__(self, linear, device):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        weight, scale = quantize_rows(linear.weight.detach().to(device))
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x):
+        device = x.device.type
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return Float8Product.apply(x.flatten(0, -2), self.weight, self.scale, out_dtype).unflatten(0, x.shape[:-1])
+
+
+def quantize_to_float8(transformer, device):
+    """Replace the attention and feed-forward layers of every block, one at a time, by float8 ones on `device`.
+
+    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its precision.
+    """
+    for block in transformer_blocks(transformer):
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear) and not name.startswith("adaLN_modulation"):
+                block.set_submodule(name, FrozenFloat8Linear(module, device))
+
+
+def transformer_blocks(transformer):
+    """All transformer blocks, in the order in which they run."""
+    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+
+
+def load_transformer(run):
+    """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
+    args, device = run.args, run.accelerator.device
+    quantization = quantization_config(args, run.weight_dtype)
+    kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
+    transformer.requires_grad_(False)
+    if args.do_fp8_training:
+        quantize_to_float8(transformer, device)
+    if not quantization and not run.sharded:
+        transformer.to(device)
+    if args.attention_backend or args.enable_npu_flash_attention:
+        transformer.set_attention_backend(args.attention_backend or "_native_npu")
+    if args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing):
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def shard(module, blocks, accelerator, ignored=()):
+    """Spread a module's parameters over the processes as the accelerate config's FSDP section says, block by block.
+
+    `ignored` parameters stay whole on every process.
+    """
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    options = {
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        "ignored_params": set(ignored),
+    }
+    for parameter in ignored:
+        parameter.data = parameter.data.to(accelerator.device)
+    for part in (*blocks, module):
+        fully_shard(part, **options)
+
+
+def add_lora(transformer, targets, run):
+    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Gives its parameters."""
+    args = run.args
+    torch.manual_seed(run.seed)
+    transformer.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=sorted({path for paths in targets.values() for path in paths}),
+        )
+    )
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    for name, paths in targets.items():
+        blocks = Counter(path.split(".")[0] for path in paths)
+        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
+        logger.info(f"LoRA on {name}: {len(paths)} modules ({where})")
+    logger.info(f"LoRA parameters: {sum(p.numel() for p in parameters):,} at rank {args.rank}")
+    return parameters
+
+
+def lora_metadata(transformer):
+    """The adapter's settings (rank, alpha, targets, ...), as diffusers stores them in the file."""
+    return transformer.peft_config["default"].to_dict()
+
+
+def save_lora(transformer, folder, dtype):
+    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all."""
+    state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    ZImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=state,
+        weight_name=f".{LORA_FILE}",
+        transformer_lora_adapter_metadata=lora_metadata(transformer),
+    )
+    os.replace(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
+    return state
+
+
+def load_lora(transformer, folder):
+    """Load what `save_lora` wrote into the adapter. Raises UserError where it belongs to another model."""
+    state = {k.removeprefix("transformer."): v for k, v in load_file(Path(folder, LORA_FILE)).items()}
+    expected = get_peft_model_state_dict(transformer)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        raise UserError(f"{folder}: its LoRA does not fit this model, --rank and --lora_layers")
+    set_peft_model_state_dict(transformer, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def training_sigmas(scheduler, shift=None):
+    """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
+    if shift is None:
+        return scheduler.sigmas.flip(0)
+    steps = scheduler.config.num_train_timesteps
+    sigmas = torch.arange(1, steps + 1) / steps
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def sample_sigmas(sigmas, args, generator):
+    """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
+    u = compute_density_for_timestep_sampling(
+        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
+
+
+def predict_velocity(transformer, latents, sigmas, prompt_embeds, dtype):
+    """The model's velocity d x_sigma / d sigma, [B, C, h, w] float32: its calling convention lives here alone.
+
+    latents [B, C, h, w]; sigmas [B]; prompt_embeds: B of [L, D]. The model takes lists, a frame axis and time that
+    runs from noise (0) to data (1), and gives the negated velocity, as in `ZImagePipeline.__call__`.
+    """
+    output = transformer(
+        list(latents.to(dtype).unsqueeze(2).unbind(0)),
+        (1000 - sigmas * 1000) / 1000,
+        prompt_embeds,
+        return_dict=False,
+    )[0]
+    return -torch.stack(output).squeeze(2).float()
+
+
+def flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme):
+    """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
+
+    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
+    """
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+    return weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
+
+
+def training_loss(transformer, vae, batch, run):
+    """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
+    to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
+    noise, sigmas, weights = (to_device(batch[name]) for name in ("noise", "sigmas", "weights"))
+    latents = to_device(batch["latents"]) if "latents" in batch else encode_images(vae, batch["pixels"], run)
+    level = sigmas[:, None, None, None]
+    noisy_latents = (1 - level) * latents + level * noise
+    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch["prompt_embeds"]]
+    with run.accelerator.autocast():
+        velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, run.args.weighting_scheme)
+    return (weights * losses).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(parameters, args, learning_rate):
+    """AdamW, 8-bit AdamW or Prodigy. Raises UserError where its library is missing."""
+    shared = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        try:
+            from prodigyopt import Prodigy
+        except ImportError:
+            raise UserError("--optimizer prodigy needs prodigyopt: pip install prodigyopt") from None
+        return Prodigy(
+            parameters,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+            **shared,
+        )
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
+        return AdamW8bit(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared)
+
+
+def build_lr_scheduler(optimizer, args, max_train_steps, step):
+    """diffusers' schedule by name, standing at update `step`: it is a function of the step and needs no state."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        last_epoch=step - 1,
+    )
+
+
+def effective_learning_rate(optimizer):
+    """What the weights move by: for Prodigy, its estimate d times the learning rate."""
+    group = optimizer.param_groups[0]
+    return group["lr"] * group.get("d", 1.0)
+
+
+def sum_over_processes(parameters, loss, stop_requested, accelerator):
+    """Add up gradients and loss over the processes, in one exchange; gives the loss and whether any asks to stop.
+
+    The LoRA is small, so every process holds all of it and its gradients; only the frozen base is ever sharded.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no sample in the update
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return loss, stop_requested
+    extra = torch.stack([loss, torch.full_like(loss, float(stop_requested))])
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters] + [extra]), reduction="sum")
+    for parameter, gradient in zip(parameters, flat[:-2].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))
+    return flat[-2], flat[-1].item() > 0
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint folder and its manifest."""
+
+    path: Path
+    manifest: dict
+
+
+def save_checkpoint(step, transformer, optimizer, manifest, args):
+    """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
+
+    Everything goes into a folder beside, is flushed to the disk, and is renamed into place in one step; the manifest,
+    which lists the size and digest of the other files, is written last. Where that fails, a line says so, the earlier
+    checkpoints stand, and training goes on.
+    """
+    output_dir = Path(args.output_dir)
+    final, beside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        save_lora(transformer, beside, torch.float32)
+        state = optimizer.state_dict()
+        tensors, numbers = {}, {}
+        for index, entries in state["state"].items():
+            for key, value in entries.items():
+                (tensors if torch.is_tensor(value) else numbers)[f"{index}/{key}"] = value
+        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, beside / OPTIMIZER_FILE)
+        files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(beside.iterdir())}
+        optimizer_state = {"numbers": numbers, "groups": state["param_groups"]}
+        write_json(beside / MANIFEST, {"step": step, **manifest, "optimizer": optimizer_state, "files": files})
+        for path in [*beside.iterdir(), beside]:
+            flush_to_disk(path)
+        if final.exists():
+            remove_folder(final)
+        os.rename(beside, final)
+        flush_to_disk(output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        logger.error(f"{final} could not be saved ({first_line(error)}): training goes on, make room or mend it")
+        return
+    for path in list_checkpoints(output_dir)[args.checkpoints_total_limit or sys.maxsize :]:
+        remove_folder(path)
+    logger.info(f"Saved {final}")
+
+
+def write_json(path, value):
+    """Write JSON as UTF-8."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def file_digest(path):
+    """BLAKE2 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def flush_to_disk(path):
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(path):
+    """Remove a checkpoint so that it is never seen half removed."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def list_checkpoints(output_dir):
+    """Folders named `checkpoint-N`, newest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def read_checkpoint(path):
+    """Read and check a checkpoint. Raises UserError that says what is wrong with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, digest) in manifest["files"].items():
+            if (path / name).stat().st_size != size or file_digest(path / name) != digest:
+                raise UserError(f"{path} is damaged: {name} is not what was saved")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a complete checkpoint of this trainer: {first_line(error)}") from None
+    return Checkpoint(path, manifest)
+
+
+def find_checkpoint(args):
+    """The checkpoint that `--resume_from_checkpoint` means, or None where `latest` finds none. Raises UserError."""
+    requested = args.resume_from_checkpoint
+    if requested is None:
+        return None
+    if requested != "latest":
+        path = next((p for p in (Path(requested), Path(args.output_dir, requested)) if p.is_dir()), None)
+        if path is None:
+            raise UserError(f"--resume_from_checkpoint {requested} is not a folder: check the path")
+        return read_checkpoint(path)
+    for path in list_checkpoints(args.output_dir):
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            logger.warning(f"Passed over: {error}")
+    logger.warning(f"--resume_from_checkpoint latest: {args.output_dir} has no complete checkpoint; starting anew")
+    return None
+
+
+def load_checkpoint(checkpoint, transformer, optimizer, learning_rate):
+    """Restore the LoRA and the optimizer; gives the number of updates done. Raises UserError where they do not fit."""
+    load_lora(transformer, checkpoint.path)
+    saved = checkpoint.manifest["optimizer"]
+    state = {}
+    for key, value in [*load_file(checkpoint.path / OPTIMIZER_FILE).items(), *saved["numbers"].items()]:
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = learning_rate  # the command line's; its schedule is a function of the step
+    return checkpoint.manifest["step"]
+
+
+# Flags that decide the mathematics of a run, by themselves.
+# fmt: off
+MATHEMATICS = [
+    "repeats", "center_crop", "random_flip", "max_sequence_length", "caption_dropout", "cache_latents",
+    "with_prior_preservation", "prior_loss_weight", "class_prompt", "rank", "lora_alpha", "lora_dropout",
+    "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
+    "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
+    "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
+    "logit_std", "mode_scale", "timestep_shift", "do_fp8_training", "bnb_quantization_config_path",
+]
+# fmt: on
+
+# Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
+MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
+              "max_grad_norm", "mixed_precision"}  # fmt: skip
+
+
+def fingerprint(examples, buckets, num_class_images, targets, schedule, run):
+    """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
+    data = [
+        (Path(example.name).name, example.caption, example.size, bucket)
+        for example, bucket in zip(examples["instance"], buckets["instance"], strict=True)
+    ]
+    return {name: getattr(run.args, name) for name in MATHEMATICS} | {
+        "learning_rate": schedule.learning_rate,
+        "max_train_steps": schedule.max_train_steps,
+        "mixed_precision": run.accelerator.mixed_precision,
+        "total batch size": schedule.total_batch_size,
+        "pictures, captions and sizes": digest_of(data),
+        "number of class images": num_class_images,
+        "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
+        "transformer": digest_of(sorted(run.model.transformer_config.items(), key=str)),
+    }
+
+
+def check_fingerprint(checkpoint, current):
+    """Say what differs from the run that is resumed. Raises UserError where the results would not be of one run."""
+    saved = checkpoint.manifest["fingerprint"]
+    changes = {
+        name: f"{name} was {saved.get(name)}, is {current[name]}"
+        for name in current
+        if saved.get(name) != current[name]
+    }
+    harmless = [text for name, text in changes.items() if name in MAY_CHANGE]
+    serious = [text for name, text in changes.items() if name not in MAY_CHANGE]
+    if serious:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint.path} belongs to a run with other settings: {'; '.join(serious)}. "
+            "Give the settings of that run, or start anew in another --output_dir"
+        )
+    for text in harmless:
+        logger.warning(f"Resuming with a change: {text}")
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT while training, so that the step is finished and saved; `number` is 0 until then."""
+
+    def __init__(self):
+        self.number = 0
+
+    def note(self, number, frame):
+        self.number = self.number or number
+        logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
+
+    def __enter__(self):
+        self.previous = {}
+        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
+            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def follow_launcher():
+    """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
+    if (
+        sys.platform == "linux"
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+        and "TORCHELASTIC_RUN_ID" not in os.environ
+    ):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation and publishing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_validation(transformer, prompt, name, step, prompt_embeds, run):
+    """Draw pictures with the model as it stands, save them in `samples/` and send them to the trackers.
+
+    Nothing of training moves: the transformer is borrowed in eval mode, its weights and all random states stay, and
+    only the VAE is brought in for the moment. Picture i has the same noise at every validation. Gives the files.
+    """
+    numbers = range(run.args.num_validation_images)
+    transformer.eval()
+    vae = load_vae(run)
+    drawn = []
+    with torch.compiler.set_stance("force_eager"):  # other shapes than training's: not worth compiling for
+        for number in numbers if run.sharded else run.share(numbers):
+            generator = seeded_generator(run.seed, "validation", number)
+            drawn.append((number, draw_images(transformer, vae, prompt, [generator], prompt_embeds, run)[0]))
+    del vae
+    free_memory()
+    transformer.train()
+    images = dict(drawn if run.sharded else gather_object(drawn))
+    files = [Path(run.args.output_dir, "samples", f"{name}-{step:06d}-{number}.png") for number in numbers]
+    if run.accelerator.is_main_process:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for number, file in enumerate(files):
+            images[number].save(file)
+        pixels = torch.stack([picture_tensor(images[number]) for number in numbers]).numpy()
+        for tracker in run.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pixels}, step=step, **layout)
+    return files
+
+
+def write_model_card(args, files):
+    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    prompt = args.final_validation_prompt or args.validation_prompt
+    pictures = [path.relative_to(args.output_dir).as_posix() for path in files]
+    data = ModelCardData(
+        library_name="diffusers",
+        license="apache-2.0",
+        base_model=args.pretrained_model_name_or_path,
+        instance_prompt=args.instance_prompt,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": path}} for path in pictures] or None,
+    )
+    flags = {name: value for name, value in loggable(args).items() if value not in ("None", False)}
+    rows = [f"| `--{name}` | `{json.dumps(value, ensure_ascii=False)}` |" for name, value in sorted(flags.items())]
+    body = f"""# {Path(args.output_dir).name}
+
+<Gallery />
+
+A LoRA for [{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}), trained
+with DreamBooth. Trigger words: `{args.instance_prompt}`
+
+```python
+import torch
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}, torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
+image = pipe({prompt or args.instance_prompt!r}, guidance_scale={args.guidance_scale}).images[0]
+```
+
+For ComfyUI, put the file in `comfyui/` into its folder `models/loras`.
+
+| flag | value |
+|---|---|
+{chr(10).join(rows)}
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
+
+
+def push_to_hub(args):
+    """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=args.hub_token)
+    repository = api.create_repo(
+        args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private or None, exist_ok=True
+    )
+    api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=args.output_dir,
+        commit_message="LoRA for Z-Image",
+        allow_patterns=[LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*.png"],
+    )
+    return repository
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(args):
+    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher_precision == "fp8":
+        raise UserError(
+            "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
+        )
+    precision = args.mixed_precision
+    if args.do_fp8_training and precision is None and launcher_precision == "no":
+        precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=list_trackers(args.report_to),
+            project_config=ProjectConfiguration(
+                args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+            ),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"--mixed_precision {precision or launcher_precision}: {first_line(error)}") from None
+    follow_launcher()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    if args.do_fp8_training and accelerator.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(accelerator.device)
+        if capability < (8, 9):
+            raise UserError(
+                f"--do_fp8_training needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}: "
+                "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
+            )
+    if args.fsdp_text_encoder and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
+    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
+        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
+    if args.attention_backend and args.attention_backend not in (names := [b.value for b in AttentionBackendName]):
+        raise UserError(f"--attention_backend {args.attention_backend} is unknown: choose one of {', '.join(names)}")
+    if accelerator.mixed_precision == "fp16":
+        logger.warning(
+            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
+        )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for line in ineffective_flags(args):
+        logger.warning(line)
+    return accelerator
+
+
+def list_trackers(report_to):
+    """The trackers of `--report_to` for accelerate, or None. Raises UserError for one that is unknown or missing."""
+    names = [name.strip() for name in report_to.split(",")]
+    if names == ["none"]:
+        return None
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    for name in names:
+        if name != "all" and name not in known:
+            raise UserError(f"--report_to {name} is unknown: choose from {', '.join(known)}, all or none")
+        if name != "all" and name not in installed:
+            raise UserError(f"--report_to {name} is not installed: pip install {name}, or give --report_to none")
+    return names
+
+
+def choose_seed(args, checkpoint, accelerator):
+    """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
+    if args.seed is not None:
+        return args.seed
+    if checkpoint:
+        return checkpoint.manifest["seed"]
+    seed = accelerate.utils.broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
+    logger.info(f"--seed was not given: drew {seed}")
+    return seed
+
+
+def describe_plan(args, examples, buckets, missing_class_images, schedule):
+    """What the run will do, as lines: pictures by bucket, enlarged and cut ones, steps and epochs."""
+    lines = []
+    for kind, kind_examples in examples.items():
+        sizes = Counter(buckets[kind])
+        listed = ", ".join(f"{n} at {h}x{w}" for (h, w), n in sorted(sizes.items()))
+        lines.append(f"{len(kind_examples)} {kind} pictures (height x width): {listed or 'none yet'}")
+        enlarged = [e.name for e, b in zip(kind_examples, buckets[kind]) if e.size[0] < b[0] or e.size[1] < b[1]]
+        if enlarged:
+            lines.append(f"{len(enlarged)} {kind} pictures are smaller than that and enlarged, such as {enlarged[0]}")
+    if missing_class_images:
+        lines.append(f"{missing_class_images} class pictures are missing and will be generated")
+    if round_size(args.resolution) != args.resolution:
+        lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
+    epochs = schedule.max_train_steps / schedule.updates_per_epoch
+    lines.append(
+        f"{schedule.max_train_steps} steps of {schedule.total_batch_size} pictures: {epochs:.1f} epochs "
+        f"of {schedule.samples_per_epoch} samples"
+    )
+    return lines
+
+
+def set_aside_earlier_run(args):
+    """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
+    output_dir = Path(args.output_dir)
+    left = [output_dir / name for name in (LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", args.logging_dir)]
+    left = [path for path in (*left, *list_checkpoints(output_dir)) if path.exists()]
+    if not any(path.name == LORA_FILE or path.name.startswith("checkpoint-") for path in left):
+        return
+    number = next(n for n in range(1, sys.maxsize) if not (output_dir / f"earlier-run-{n}").exists())
+    folder = output_dir / f"earlier-run-{number}"
+    folder.mkdir()
+    for path in left:
+        path.rename(folder / path.name)
+    logger.warning(
+        f"{output_dir} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
+    )
+
+
+def shows_progress(accelerator):
+    """Whether this process draws progress bars: the main one, at a terminal."""
+    return accelerator.is_main_process and sys.stderr.isatty()
+
+
+class Progress:
+    """A bar at a terminal, else a line now and then; and the trackers' metrics."""
+
+    def __init__(self, schedule, first_update, accelerator):
+        self.accelerator, self.schedule = accelerator, schedule
+        self.bar = tqdm(
+            total=schedule.max_train_steps, initial=first_update, desc="steps", disable=not shows_progress(accelerator)
+        )
+        self.started = self.printed = time.monotonic()
+        self.first_update = first_update
+
+    def update(self, step, loss, grad_norm, learning_rate):
+        """Note an update that is done."""
+        now = time.monotonic()
+        metrics = {
+            "loss": loss,
+            "lr": learning_rate,
+            "grad_norm": grad_norm,
+            "epoch": step / self.schedule.updates_per_epoch,
+        }
+        if self.accelerator.device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.accelerator.log(metrics, step=step)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.3g}")
+        self.bar.update()
+        last = self.schedule.max_train_steps
+        if self.bar.disable and (now - self.printed > 10 or step in (self.first_update + 1, last)):
+            self.printed = now
+            pace = (now - self.started) / (step - self.first_update)
+            logger.info(
+                f"step {step}/{last}: loss {loss:.4f}, lr {learning_rate:.3g}, gradient norm {grad_norm:.3g}, "
+                f"{pace:.2f} s a step, {pace * (last - step) / 60:.0f} min left"
+            )
+
+
+def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, run):
+    """The loop, from `first_update` to the last update, with logs, checkpoints and validation on the way.
+
+    Gives the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
+    """
+    args, accelerator = run.args, run.accelerator
+    sampler = BucketBatchSampler(dataset, schedule, first_update, run)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    lr_scheduler = build_lr_scheduler(optimizer, args, schedule.max_train_steps, first_update)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
+    progress = Progress(schedule, first_update, accelerator)
+    batches, skipped_in_a_row = iter(loader), 0
+    transformer.train()
+    with StopSignal() as stop:
+        for step in range(first_update + 1, schedule.max_train_steps + 1):
+            loss = torch.zeros((), device=accelerator.device)
+            for _ in sampler.micro_batches(step - 1):
+                micro_loss = training_loss(transformer, vae, next(batches), run)
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            loss, stopping = sum_over_processes(parameters, loss, stop.number > 0, accelerator)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the update's one wait for the device
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                scaler.step(optimizer)
+            scaler.update()
+            lr_scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if not finite:
+                logger.warning(f"Step {step} is skipped: its loss is {loss}, its gradient norm {grad_norm}")
+            if skipped_in_a_row == 10:
+                raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
+            progress.update(step, loss, grad_norm, effective_learning_rate(optimizer))
+
+            if stopping or step % args.checkpointing_steps == 0:
+                if accelerator.is_main_process:
+                    save_checkpoint(step, transformer, optimizer, manifest, args)
+                accelerator.wait_for_everyone()
+            if stopping:
+                return stop.number or signal.SIGTERM
+            if step % (args.validation_epochs * schedule.updates_per_epoch) == 0 and step < schedule.max_train_steps:
+                validate(transformer, "validation", step, dataset.prompt_embeds, run)
+    return 0
+
+
+def validate(transformer, name, step, prompt_embeds, run):
+    """Draw what the flags ask for at this point, "validation" or "final"; gives the files."""
+    prompt = run.args.validation_prompt
+    if name == "final":
+        prompt = None if run.args.skip_final_inference else run.args.final_validation_prompt or prompt
+    return run_validation(transformer, prompt, name, step, prompt_embeds, run) if prompt else []
+
+
+def is_finished(args, schedule):
+    """Whether `--output_dir` holds a run that has come to its end; says so."""
+    path = Path(args.output_dir, RUN_FILE)
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["steps"] < schedule.max_train_steps:
+        return False
+    logger.info(f"{args.output_dir} holds a finished run; its files are left alone. To go on, raise --max_train_steps")
+    return True
+
+
+def save_result(transformer, schedule, run):
+    """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
+    args = run.args
+    folder = Path(args.output_dir)
+    dtype = torch.float32 if args.upcast_before_saving else run.weight_dtype
+    comfyui = folder / "comfyui" / f"{folder.resolve().name}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = save_lora(transformer, folder, dtype)
+        comfyui.parent.mkdir(exist_ok=True)
+        save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
+        os.replace(comfyui.with_suffix(".part"), comfyui)
+        write_json(folder / RUN_FILE, {"steps": schedule.max_train_steps, "seed": run.seed})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
+    scale = args.lora_alpha / args.rank
+    for file, factor in ((folder / LORA_FILE, 1.0), (comfyui, scale)):
+        loaded = ZImagePipeline.lora_state_dict(file)
+        for name, tensor in state.items():
+            # diffusers folds alpha / rank into A when it reads the ComfyUI file
+            expected = tensor * factor if ".lora_A." in name else tensor
+            found = loaded.get(f"transformer.{name}", loaded.get(name))
+            if found is None or not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=0):
+                raise TrainingError(f"{file} does not read back as it was written: {name}")
+
+
+def comfyui_state(state, alpha):
+    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor beside each pair."""
+    comfyui = {f"diffusion_model.{name}": tensor for name, tensor in state.items()}
+    for name in state:
+        if name.endswith(".lora_A.weight"):
+            comfyui[f"diffusion_model.{name.removesuffix('.lora_A.weight')}.alpha"] = torch.tensor(float(alpha))
+    return comfyui
+
+
+def loggable(args):
+    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in vars(args).items()
+        if name != "hub_token"
+    }
+
+
+def main(args):
+    """Train as `args` (of `parse_args`) says. Raises UserError for what the user can mend."""
+    accelerator = start(args)
+    checkpoint = find_checkpoint(args)
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint, accelerator), weight_dtype)
+    targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
+
+    # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
+    examples = {"instance": load_examples(args)}
+    if args.with_prior_preservation:
+        examples["class"] = load_class_examples(args)
+    missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
+    buckets = {kind: assign_buckets(examples[kind], args) for kind in examples}
+    schedule = make_schedule(args, len(examples["instance"]), accelerator.num_processes)
+    for line in describe_plan(args, examples, buckets, missing, schedule):
+        logger.info(line)
+    num_class_images = len(examples.get("class", [])) + missing
+    manifest = {
+        "seed": run.seed,
+        "fingerprint": fingerprint(examples, buckets, num_class_images, targets, schedule, run),
+    }
+    if checkpoint:
+        check_fingerprint(checkpoint, manifest["fingerprint"])
+    if args.resume_from_checkpoint and is_finished(args, schedule) or args.dry_run:
+        return
+    for kind in examples:
+        verify_pictures(examples[kind][:PICTURES_VERIFIED])
+    if accelerator.is_main_process and not checkpoint:
+        set_aside_earlier_run(args)
+    accelerator.wait_for_everyone()
+
+    # Frozen encoders: every prompt and, with --cache_latents, every picture once
+    prompts = {example.caption for kind in examples for example in examples[kind]} | {""}
+    prompts |= {args.class_prompt, args.validation_prompt, args.final_validation_prompt} - {None}
+    prompt_embeds = encode_prompts(sorted(prompts), run)
+    if missing:
+        generate_class_images(missing, prompt_embeds, run)
+        examples["class"] = load_class_examples(args)
+        buckets["class"] = assign_buckets(examples["class"], args)
+    sigmas = training_sigmas(run.model.scheduler, args.timestep_shift)
+    dataset = DreamBoothDataset(examples, buckets, prompt_embeds, sigmas, run)
+    if args.cache_latents:
+        dataset.latents = cache_latents(dataset, run)
+    vae = None if args.cache_latents else load_vae(run)
+
+    # Transformer, LoRA, optimizer
+    transformer = load_transformer(run)
+    parameters = add_lora(transformer, targets, run)
+    optimizer = build_optimizer(parameters, args, schedule.learning_rate)
+    first_update = load_checkpoint(checkpoint, transformer, optimizer, schedule.learning_rate) if checkpoint else 0
+    if run.sharded:
+        shard(transformer, transformer_blocks(transformer), accelerator, ignored=parameters)
+    if args.compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        transformer.compile_repeated_blocks()
+
+    # Training
+    if args.report_to != "none":
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
+    if first_update == 0:
+        validate(transformer, "validation", 0, prompt_embeds, run)
+    stopped_by = train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, run)
+    if stopped_by:
+        accelerator.end_training()
+        logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
+        sys.exit(128 + stopped_by)
+
+    # The result
+    if accelerator.is_main_process:
+        save_result(transformer, schedule, run)
+    accelerator.wait_for_everyone()
+    files = validate(transformer, "final", schedule.max_train_steps, prompt_embeds, run)
+    if accelerator.is_main_process:
+        write_model_card(args, files)
+        if args.push_to_hub:
+            push_to_hub(args)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        print(
+            f"The LoRA is in {Path(args.output_dir, LORA_FILE)}, for ComfyUI in {Path(args.output_dir, 'comfyui')}.\n"
+            f"Use it: pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}); "
+            f"pipe.load_lora_weights({args.output_dir!r})"
+        )
+
+
+def run_command_line():
+    """The entry of the command line: an error that the user can mend becomes one line and an exit status."""
+    try:
+        main(parse_args())
+    except (UserError, TrainingError) as error:
+        print(f"train_dreambooth_lora_z_image.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except torch.OutOfMemoryError as error:
+        mend = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
+        print(f"train_dreambooth_lora_z_image.py: error: {first_line(error)} Less memory: {mend}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command_line())
