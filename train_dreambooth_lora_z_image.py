@@ -26,10 +26,12 @@ split into micro-batches and processes.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -38,11 +40,12 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +74,7 @@ from diffusers.training_utils import (
     offload_models,
 )
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
@@ -178,6 +181,8 @@ def build_parser():
         help="Keep the text encoder and the VAE in host memory, on the device only while they encode.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
     add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
+    add("--base_adapter", metavar="PATH[:WEIGHT]",
+        help="A LoRA that the base wears in training alone, such as a training adapter for a distilled model.")
     add("--attention_backend", metavar="NAME",
         help="A backend of diffusers' attention dispatcher, for example native.")
     add("--enable_npu_flash_attention", action="store_true", help="Use the NPU's flash attention (needs torch_npu).")
@@ -271,13 +276,17 @@ def build_parser():
     add("--seed", type=number(int, low=0, high=2 ** 63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
 
     add = parser.add_argument_group("Validation").add_argument
-    add("--validation_prompt", metavar="PROMPT",
-        help="Draw pictures of it while training, always from the same noise.")
+    add("--validation_prompt", action="append", metavar="PROMPT",
+        help="Draw pictures of it while training, always from the same noise. May be repeated, or name a text file.")
     add("--num_validation_images", type=count, default=4, metavar="N", help="How many for each prompt. Default: 4.")
-    add("--validation_epochs", type=count, default=50, metavar="N", help="Draw them every N epochs. Default: 50.")
-    add("--final_validation_prompt", metavar="PROMPT",
-        help="For the pictures after training. Default: the same prompt.")
+    add("--validation_epochs", type=count, default=50, metavar="N", help="Validate every N epochs. Default: 50.")
+    add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
     add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
+    add("--validation_model_path", metavar="MODEL",
+        help="Draw them with this Z-Image model wearing the LoRA, for example Turbo, not with the one in training.")
+    add("--validation_data_dir", metavar="DIR",
+        help="Held-out pictures, captioned like the others: their loss is logged beside the base model's.")
+    add("--save_best", action="store_true", help="Keep the LoRA of the lowest held-out loss in best/ as well.")
     add("--guidance_scale", type=non_negative, default=5.0, metavar="G",
         help="Guidance of all pictures that are drawn; 0 for Turbo. Default: 5.")
     add("--validation_num_inference_steps", type=count, metavar="N", help="Denoising steps. Default: the pipeline's.")
@@ -378,24 +387,20 @@ class Example(NamedTuple):
     size: tuple[int, int]  # (height, width) in pixels, upright
 
 
-def load_examples(args):
-    """The instance pictures with their captions, from headers alone, sorted by name. Raises UserError."""
-    if args.dataset_name:
-        return load_dataset_examples(args)
-    folder = Path(args.instance_data_dir)
-    captions = read_metadata(folder, args.caption_column)
-    files = list_pictures(folder, "--instance_data_dir")
+def load_examples(folder, flag, default_caption, caption_column=None):
+    """A folder's pictures with their captions, from headers alone, sorted by name. Raises UserError."""
+    folder = Path(folder)
+    files = list_pictures(folder, flag)
+    captions = read_metadata(folder, caption_column)
     unlisted = {name: folder / name for name in captions if folder / name not in files}
     for name, path in unlisted.items():
         if not path.is_file():
             raise UserError(f"{folder / 'metadata.jsonl'} names {name!r}, which is not in the folder: mend the line")
     if not files and not unlisted:
-        raise UserError(
-            f"--instance_data_dir {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there"
-        )
+        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
     examples = []
     for path in sorted([*files, *unlisted.values()]):
-        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or args.instance_prompt
+        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or default_caption
         examples.append(Example(str(path), path, caption, picture_size(str(path), path)))
     return examples
 
@@ -626,11 +631,26 @@ def picture_tensor(image):
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
+def load_all_examples(args):
+    """{"instance": [...]} and, where the flags ask for them, "class" and "held-out". Raises UserError."""
+    if args.dataset_name:
+        examples = {"instance": load_dataset_examples(args)}
+    else:
+        folder, column = args.instance_data_dir, args.caption_column
+        examples = {"instance": load_examples(folder, "--instance_data_dir", args.instance_prompt, column)}
+    if args.with_prior_preservation:
+        examples["class"] = load_class_examples(args)
+    if args.validation_data_dir:
+        examples["held-out"] = load_examples(args.validation_data_dir, "--validation_data_dir", args.instance_prompt)
+    return examples
+
+
 def load_class_examples(args):
-    """The pictures of the class there are, with the class prompt where they have no caption of their own."""
+    """The pictures of the class that there are: none yet where they will be generated."""
     folder = Path(args.class_data_dir)
-    files = list_pictures(folder, "--class_data_dir") if folder.exists() else []
-    return [Example(str(p), p, read_sidecar(p) or args.class_prompt, picture_size(str(p), p)) for p in files]
+    if not folder.exists() or not list_pictures(folder, "--class_data_dir"):
+        return []
+    return load_examples(folder, "--class_data_dir", args.class_prompt)
 
 
 def verify_pictures(examples):
@@ -661,8 +681,8 @@ class Sample(NamedTuple):
 class DreamBoothDataset(Dataset):
     """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
 
-    examples, buckets: {"instance": [...], "class": [...]}; prompt_embeds: {prompt: [L, D]}; sigmas: [1000], ascending;
-    latents: {(kind, index, flip): [C, h, w]}, empty where pictures are decoded as they come.
+    examples, buckets: {"instance": [...], "class": [...], "held-out": [...]}; prompt_embeds: {prompt: [L, D]};
+    sigmas: [1000], ascending; latents: {(kind, index, flip): [C, h, w]} of those that are cached.
     """
 
     def __init__(self, examples, buckets, prompt_embeds, sigmas, run):
@@ -673,13 +693,14 @@ class DreamBoothDataset(Dataset):
     def pixels(self, kind, index, flip, draw):
         """An example's picture as [3, H, W] in [-1, 1], its crop drawn from the seed and `draw`."""
         generator = seeded_generator(self.seed, "crop", kind, draw)
-        crop = (0.5, 0.5) if self.args.center_crop else torch.rand(2, generator=generator).tolist()
+        centered = self.args.center_crop or kind == "held-out"
+        crop = (0.5, 0.5) if centered else torch.rand(2, generator=generator).tolist()
         example = self.examples[kind][index]
         return fit_to_bucket(decode_image(example.name, example.source), self.buckets[kind][index], crop, flip)
 
     def __getitem__(self, sample):
         item = {"sample": sample, "prompt_embeds": self.prompt_embeds[sample.prompt]}
-        if self.latents:
+        if self.args.cache_latents:
             item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
         else:
             item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, draw=sample.number)
@@ -737,6 +758,7 @@ class BucketBatchSampler:
         self.num_processes, self.process_index = run.accelerator.num_processes, run.accelerator.process_index
         self.lockstep = run.sharded  # then every process must run as many forward passes as the others
         self.epoch = functools.lru_cache(maxsize=2)(self.plan_epoch)
+        self.micro_batches = functools.lru_cache(maxsize=256)(self.plan_micro_batches)
 
     def __iter__(self):
         """This process's micro-batches from update `first_update` to the end of the run."""
@@ -746,7 +768,7 @@ class BucketBatchSampler:
     def key(self, sample):
         """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
         tokens = math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE)
-        return (*self.buckets[sample.kind][sample.index], tokens if self.args.train_batch_size > 1 else 0)
+        return (*self.buckets[sample.kind][sample.index], tokens)
 
     def draw(self, kind, number, index):
         """The sample of that number: its flip and whether its caption is dropped."""
@@ -781,26 +803,24 @@ class BucketBatchSampler:
                 samples.append(prior._replace(weight=weight))
         return sorted(samples, key=self.key)
 
-    def micro_batches(self, step):
+    def plan_micro_batches(self, step):
         """This process's share of an update, as lists of at most `train_batch_size` samples of one key."""
-        shares = [self.share(step, process) for process in range(self.num_processes)]
-        batches = shares[self.process_index]
+        samples = self.update(step)
+        batches = self.share(samples, self.process_index)
         if self.lockstep:
-            idle = self.update(step)[0]._replace(weight=0.0)
-            batches = batches + [[idle]] * (max(map(len, shares)) - len(batches))
+            most = max(len(self.share(samples, process)) for process in range(self.num_processes))
+            batches += [[samples[0]._replace(weight=0.0)]] * (most - len(batches))
         return batches
 
-    def share(self, step, process):
+    def share(self, samples, process):
         """The micro-batches of one process."""
-        samples = self.update(step)
         start, end = (len(samples) * p // self.num_processes for p in (process, process + 1))
         batches = []
-        for sample in samples[start:end]:
-            last = batches[-1] if batches else []
-            if last and len(last) < self.args.train_batch_size and self.key(last[0]) == self.key(sample):
-                last.append(sample)
-            else:
-                batches.append([sample])
+        for _, group in itertools.groupby(samples[start:end], key=self.key):
+            group = list(group)
+            batches += [
+                group[i : i + self.args.train_batch_size] for i in range(0, len(group), self.args.train_batch_size)
+            ]
         return batches
 
 
@@ -809,7 +829,7 @@ class BucketBatchSampler:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Model:
     """Where the pipeline is, and what its configuration files say."""
 
@@ -833,7 +853,7 @@ class Model:
             raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What is decided once and holds for the whole run."""
 
@@ -847,6 +867,11 @@ class Run:
     def sharded(self):
         """Whether the frozen weights are spread over the processes, so that all must take part in every pass."""
         return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def saving_dtype(self):
+        """Type of the LoRA files, apart from checkpoints."""
+        return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
 
     def share(self, items):
         """This process's part of a list of work."""
@@ -1014,17 +1039,17 @@ def decode_latents(vae, latents, run):
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
 
-def cache_latents(dataset, run):
-    """{(kind, index, flip): latents [C, h, w] on the CPU} of every example, each encoded by one of the processes."""
+def cache_latents(dataset, kinds, run):
+    """{(kind, index, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
     cache = EncodingCache(run.args.encoding_cache_dir)
-    flips = (False, True) if run.args.random_flip else (False,)
-    numbered = [(kind, index) for kind in dataset.examples for index in range(len(dataset.examples[kind]))]
+    numbered = [(kind, index) for kind in kinds for index in range(len(dataset.examples[kind]))]
     vae, encoded = None, []
     for kind, index in run.share(numbered):
         example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
         content = hashlib.blake2b(read_bytes(example.source)).hexdigest() if cache.folder else None
-        crop = "center" if run.args.center_crop else (run.seed, kind, index)
-        for flip in flips:
+        centered = run.args.center_crop or kind == "held-out"
+        crop = "center" if centered else (run.seed, kind, index)
+        for flip in (False, True) if run.args.random_flip and kind != "held-out" else (False,):
             key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
             latents = cache.get(key)
             if latents is None:
@@ -1277,6 +1302,29 @@ def add_lora(transformer, targets, run):
     return parameters
 
 
+def wear_base_adapter(transformer, args):
+    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
+    path, _, weight = args.base_adapter.rpartition(":")
+    try:
+        weight = float(weight)
+    except ValueError:
+        path, weight = args.base_adapter, 1.0
+    try:
+        state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
+        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
+    transformer.set_adapters(["default", "base"], [1.0, weight])
+    freeze_base_adapter(transformer)
+
+
+def freeze_base_adapter(transformer):
+    """PEFT makes every active adapter trainable: not this one."""
+    for name, parameter in transformer.named_parameters():
+        if ".base." in name:
+            parameter.requires_grad_(False)
+
+
 def lora_metadata(transformer):
     """The adapter's settings (rank, alpha, targets, ...), as diffusers stores them in the file."""
     return transformer.peft_config["default"].to_dict()
@@ -1350,7 +1398,7 @@ def flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme):
     return weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
 
 
-def training_loss(transformer, vae, batch, run):
+def training_loss(transformer, vae, batch, weighting_scheme, run):
     """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
     to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
     noise, sigmas, weights = (to_device(batch[name]) for name in ("noise", "sigmas", "weights"))
@@ -1360,7 +1408,7 @@ def training_loss(transformer, vae, batch, run):
     prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch["prompt_embeds"]]
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, run.args.weighting_scheme)
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
     return (weights * losses).sum()
 
 
@@ -1577,7 +1625,7 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
               "max_grad_norm", "mixed_precision"}  # fmt: skip
 
 
-def fingerprint(examples, buckets, num_class_images, targets, schedule, run):
+def fingerprint(examples, buckets, missing_class_images, targets, schedule, run):
     """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
     data = [
         (Path(example.name).name, example.caption, example.size, bucket)
@@ -1589,7 +1637,7 @@ def fingerprint(examples, buckets, num_class_images, targets, schedule, run):
         "mixed_precision": run.accelerator.mixed_precision,
         "total batch size": schedule.total_batch_size,
         "pictures, captions and sizes": digest_of(data),
-        "number of class images": num_class_images,
+        "number of class images": len(examples.get("class", [])) + missing_class_images,
         "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
         "transformer": digest_of(sorted(run.model.transformer_config.items(), key=str)),
     }
@@ -1651,50 +1699,236 @@ def follow_launcher():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_validation(transformer, prompt, name, step, prompt_embeds, run):
-    """Draw pictures with the model as it stands, save them in `samples/` and send them to the trackers.
+def validation_prompts(args, final=False):
+    """The prompts to draw: those of `--validation_prompt`, files among them read line by line. Raises UserError."""
+    if final and args.skip_final_inference:
+        return []
+    if final and args.final_validation_prompt:
+        return [args.final_validation_prompt]
+    prompts = []
+    for prompt in args.validation_prompt or []:
+        is_file = len(prompt) < 256 and Path(prompt).is_file()
+        prompts += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+    return prompts
 
-    Nothing of training moves: the transformer is borrowed in eval mode, its weights and all random states stay, and
-    only the VAE is brought in for the moment. Picture i has the same noise at every validation. Gives the files.
-    """
-    numbers = range(run.args.num_validation_images)
+
+@contextlib.contextmanager
+def borrowed(transformer):
+    """The transformer as it will be used: in eval mode, uncompiled, without `--base_adapter`; afterwards as before."""
+    layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
+    scales = [layer.scaling["base"] for layer in layers]
     transformer.eval()
-    vae = load_vae(run)
-    drawn = []
-    with torch.compiler.set_stance("force_eager"):  # other shapes than training's: not worth compiling for
-        for number in numbers if run.sharded else run.share(numbers):
+    for layer in layers:
+        layer.scaling["base"] = 0.0
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes than training's
+            yield
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scaling["base"] = scale
+        transformer.train()
+
+
+@contextlib.contextmanager
+def drawing_transformer(transformer, run):
+    """The transformer that draws: the one in training, or `--validation_model_path`'s wearing the same LoRA.
+
+    The two are on the device by turns.
+    """
+    if run.args.validation_model_path is None:
+        with borrowed(transformer):
+            yield transformer
+        return
+    device = run.accelerator.device
+    transformer.to("cpu")
+    other = dataclasses.replace(run.model, path=run.args.validation_model_path, hub_kwargs={})
+    drawing = other.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype).to(device)
+    drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
+    set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
+    drawing.to(device).eval()
+    with torch.no_grad():
+        yield drawing
+    del drawing
+    free_memory()
+    transformer.to(device)
+
+
+def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
+    """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
+
+    Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
+    Picture i of a prompt has the same noise at every validation. Gives the pictures' files, on the main process.
+    """
+    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
+    vae, drawn = load_vae(run), []
+    with drawing_transformer(transformer, run) as drawing:
+        for prompt, number in jobs if run.sharded else run.share(jobs):
             generator = seeded_generator(run.seed, "validation", number)
-            drawn.append((number, draw_images(transformer, vae, prompt, [generator], prompt_embeds, run)[0]))
+            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, run)[0]
+            drawn.append(((prompt, number), image))
     del vae
     free_memory()
-    transformer.train()
     images = dict(drawn if run.sharded else gather_object(drawn))
-    files = [Path(run.args.output_dir, "samples", f"{name}-{step:06d}-{number}.png") for number in numbers]
-    if run.accelerator.is_main_process:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        for number, file in enumerate(files):
-            images[number].save(file)
-        pixels = torch.stack([picture_tensor(images[number]) for number in numbers]).numpy()
+    if not run.accelerator.is_main_process:
+        return []
+    folder = Path(run.args.output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {job: folder / f"step-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in jobs}
+    for job, file in files.items():
+        images[job].save(file)
+    rows = [
+        [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
+    ]
+    save_sheet(rows, [f"#{number}" for number in range(len(rows))], prompts, folder / f"sheet-{step:06d}.png")
+    steps = sorted({int(path.name[5:11]) for path in folder.glob("step-*-prompt-0-image-0.png")})
+    firsts = {
+        step: [folder / f"step-{step:06d}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
+        for step in steps
+    }
+    rows = [[Image.open(file) for file in files] for files in firsts.values() if all(file.is_file() for file in files)]
+    labels = [f"step {step}" for step, files in firsts.items() if all(file.is_file() for file in files)]
+    save_sheet(rows, labels, prompts, folder / "contact-sheet.png")
+    for prompt, text in enumerate(prompts):
+        pixels = torch.stack(
+            [picture_tensor(images[prompt, number]) for number in range(run.args.num_validation_images)]
+        )
         for tracker in run.accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: pixels}, step=step, **layout)
-    return files
+                tracker.log_images({f"validation/{prompt}: {text[:60]}": pixels.numpy()}, step=step, **layout)
+    return list(files.values())
+
+
+def save_sheet(rows, row_labels, column_labels, path):
+    """Save pictures as a labelled grid; a sheet is at most 256 pixels wide for each picture."""
+    side = min(256, max(rows[0][0].size))
+    font = caption_font(max(11, side // 14), "".join(column_labels))
+    margin, line = 5 * font.size, round(1.3 * font.size)
+    lines = [
+        textwrap.wrap(label, max(8, int(side / font.getlength(label) * len(label))))[:4] for label in column_labels
+    ]
+    top = line * max(map(len, lines)) + line // 2
+    sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, wrapped in enumerate(lines):
+        for number, text in enumerate(wrapped):
+            draw.text((margin + column * side + 2, number * line), text, "black", font)
+    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        draw.text((2, top + row * side + side // 2), label, "black", font)
+        for column, image in enumerate(images):
+            sheet.paste(ImageOps.contain(image, (side, side)), (margin + column * side, top + row * side))
+    sheet.save(path)
+
+
+def caption_font(size, text):
+    """A font that can draw `text`: Pillow's own, or for Chinese the first CJK font of the system."""
+    if not text.isascii():
+        for folder in ("/usr/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts", str(Path.home() / ".fonts")):
+            for pattern in (
+                "*CJK*.tt[cf]",
+                "*CJK*.otf",
+                "wqy*.tt[cf]",
+                "PingFang*",
+                "msyh*",
+                "simhei*",
+                "DroidSansFallback*",
+            ):
+                for path in sorted(Path(folder).rglob(pattern)):
+                    with contextlib.suppress(OSError):
+                        return ImageFont.truetype(str(path), size)
+    return ImageFont.load_default(size)
+
+
+HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
+
+
+def held_out_loss(transformer, dataset, run):
+    """The flow-matching loss on the held-out pictures: {"": mean, "_low": ..., "_middle": ..., "_high": ...}.
+
+    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
+    a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
+    """
+    jobs = [(k, j) for k in range(len(dataset.examples["held-out"])) for j in range(HELD_OUT_LEVELS)]
+    losses = []
+    pictures = len(dataset.examples["held-out"])
+    for k, j in jobs if run.sharded else run.share(jobs):
+        level = (j + (k + 0.5) / pictures) / HELD_OUT_LEVELS
+        latents = dataset.latents["held-out", k, False]
+        noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
+        batch = {
+            "latents": latents[None],
+            "noise": noise[None],
+            "sigmas": dataset.sigmas[int(level * len(dataset.sigmas))][None],
+            "weights": torch.ones(1),
+            "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][k].caption]],
+        }
+        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
+    losses = losses if run.sharded else gather_object(losses)
+    bands = {"": range(HELD_OUT_LEVELS)}
+    bands |= {
+        name: range(i * HELD_OUT_LEVELS // 3, (i + 1) * HELD_OUT_LEVELS // 3)
+        for i, name in enumerate(("_low", "_middle", "_high"))
+    }
+    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
+
+
+class Validation:
+    """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
+
+    def __init__(self, transformer, dataset, checkpoint, run):
+        self.transformer, self.dataset, self.run = transformer, dataset, run
+        self.history = checkpoint.manifest["held_out"] if checkpoint else []  # [[held-out loss, step]]
+        self.base = None  # held-out losses of the untrained model
+        if "held-out" in dataset.examples:
+            with borrowed(transformer):
+                transformer.disable_adapters()
+                self.base = held_out_loss(transformer, dataset, run)
+                transformer.enable_adapters()
+            freeze_base_adapter(transformer)
+
+    def __call__(self, step, final=False):
+        """Validate at `step`; gives the files of the pictures."""
+        if self.base is not None:
+            with borrowed(self.transformer):
+                losses = held_out_loss(self.transformer, self.dataset, self.run)
+            metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
+            metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
+            self.run.accelerator.log(metrics, step=step)
+            logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
+            self.history.append([losses[""], step])
+            if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
+                save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
+        prompts = validation_prompts(self.run.args, final)
+        if not prompts:
+            return []
+        return draw_validation_images(self.transformer, prompts, step, self.dataset.prompt_embeds, self.run)
+
+    def summary(self):
+        """What was learned, in numbers, as a line; nothing without held-out pictures."""
+        if not self.history:
+            return ""
+        best, step = min(self.history)
+        last = self.history[-1][0]
+        return f"Held-out loss: {self.base['']:.4f} before, {last:.4f} after; the lowest, {best:.4f}, at step {step}."
 
 
 def write_model_card(args, files):
     """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    prompt = args.final_validation_prompt or args.validation_prompt
-    pictures = [path.relative_to(args.output_dir).as_posix() for path in files]
+    prompts = validation_prompts(args, final=True)
+    pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
         base_model=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": path}} for path in pictures] or None,
+        widget=[
+            {"text": prompts[number // args.num_validation_images], "output": {"url": path}}
+            for number, path in enumerate(pictures)
+        ]
+        or None,
     )
     flags = {name: value for name, value in loggable(args).items() if value not in ("None", False)}
     rows = [f"| `--{name}` | `{json.dumps(value, ensure_ascii=False)}` |" for name, value in sorted(flags.items())]
@@ -1711,7 +1945,7 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
-image = pipe({prompt or args.instance_prompt!r}, guidance_scale={args.guidance_scale}).images[0]
+image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras`.
@@ -1765,6 +1999,8 @@ def start(args):
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"--mixed_precision {precision or launcher_precision}: {first_line(error)}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise UserError("the launcher started several processes, but this machine has no device for each: start one")
     follow_launcher()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -1899,7 +2135,7 @@ class Progress:
             )
 
 
-def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, run):
+def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run):
     """The loop, from `first_update` to the last update, with logs, checkpoints and validation on the way.
 
     Gives the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
@@ -1922,7 +2158,7 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
         for step in range(first_update + 1, schedule.max_train_steps + 1):
             loss = torch.zeros((), device=accelerator.device)
             for _ in sampler.micro_batches(step - 1):
-                micro_loss = training_loss(transformer, vae, next(batches), run)
+                micro_loss = training_loss(transformer, vae, next(batches), args.weighting_scheme, run)
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             loss, stopping = sum_over_processes(parameters, loss, stop.number > 0, accelerator)
@@ -1944,21 +2180,13 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
 
             if stopping or step % args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
-                    save_checkpoint(step, transformer, optimizer, manifest, args)
+                    save_checkpoint(step, transformer, optimizer, {**manifest, "held_out": validation.history}, args)
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
             if step % (args.validation_epochs * schedule.updates_per_epoch) == 0 and step < schedule.max_train_steps:
-                validate(transformer, "validation", step, dataset.prompt_embeds, run)
+                validation(step)
     return 0
-
-
-def validate(transformer, name, step, prompt_embeds, run):
-    """Draw what the flags ask for at this point, "validation" or "final"; gives the files."""
-    prompt = run.args.validation_prompt
-    if name == "final":
-        prompt = None if run.args.skip_final_inference else run.args.final_validation_prompt or prompt
-    return run_validation(transformer, prompt, name, step, prompt_embeds, run) if prompt else []
 
 
 def is_finished(args, schedule):
@@ -1974,11 +2202,10 @@ def save_result(transformer, schedule, run):
     """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
     args = run.args
     folder = Path(args.output_dir)
-    dtype = torch.float32 if args.upcast_before_saving else run.weight_dtype
     comfyui = folder / "comfyui" / f"{folder.resolve().name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state = save_lora(transformer, folder, dtype)
+        state = save_lora(transformer, folder, run.saving_dtype)
         comfyui.parent.mkdir(exist_ok=True)
         save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
         os.replace(comfyui.with_suffix(".part"), comfyui)
@@ -2023,22 +2250,16 @@ def main(args):
     targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
-    examples = {"instance": load_examples(args)}
-    if args.with_prior_preservation:
-        examples["class"] = load_class_examples(args)
+    examples = load_all_examples(args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
     buckets = {kind: assign_buckets(examples[kind], args) for kind in examples}
     schedule = make_schedule(args, len(examples["instance"]), accelerator.num_processes)
     for line in describe_plan(args, examples, buckets, missing, schedule):
         logger.info(line)
-    num_class_images = len(examples.get("class", [])) + missing
-    manifest = {
-        "seed": run.seed,
-        "fingerprint": fingerprint(examples, buckets, num_class_images, targets, schedule, run),
-    }
+    manifest = {"seed": run.seed, "fingerprint": fingerprint(examples, buckets, missing, targets, schedule, run)}
     if checkpoint:
         check_fingerprint(checkpoint, manifest["fingerprint"])
-    if args.resume_from_checkpoint and is_finished(args, schedule) or args.dry_run:
+    if args.dry_run or (args.resume_from_checkpoint and is_finished(args, schedule)):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
@@ -2046,9 +2267,9 @@ def main(args):
         set_aside_earlier_run(args)
     accelerator.wait_for_everyone()
 
-    # Frozen encoders: every prompt and, with --cache_latents, every picture once
-    prompts = {example.caption for kind in examples for example in examples[kind]} | {""}
-    prompts |= {args.class_prompt, args.validation_prompt, args.final_validation_prompt} - {None}
+    # Frozen encoders: every prompt once and, with --cache_latents, every picture
+    prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
+    prompts |= {*validation_prompts(args), *validation_prompts(args, final=True)}
     prompt_embeds = encode_prompts(sorted(prompts), run)
     if missing:
         generate_class_images(missing, prompt_embeds, run)
@@ -2056,26 +2277,32 @@ def main(args):
         buckets["class"] = assign_buckets(examples["class"], args)
     sigmas = training_sigmas(run.model.scheduler, args.timestep_shift)
     dataset = DreamBoothDataset(examples, buckets, prompt_embeds, sigmas, run)
-    if args.cache_latents:
-        dataset.latents = cache_latents(dataset, run)
+    cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]
+    dataset.latents.update(cache_latents(dataset, cached, run))
     vae = None if args.cache_latents else load_vae(run)
 
     # Transformer, LoRA, optimizer
     transformer = load_transformer(run)
     parameters = add_lora(transformer, targets, run)
+    if args.base_adapter:
+        wear_base_adapter(transformer, args)
     optimizer = build_optimizer(parameters, args, schedule.learning_rate)
     first_update = load_checkpoint(checkpoint, transformer, optimizer, schedule.learning_rate) if checkpoint else 0
     if run.sharded:
-        shard(transformer, transformer_blocks(transformer), accelerator, ignored=parameters)
+        adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
+        shard(transformer, transformer_blocks(transformer), accelerator, ignored=adapters)
     if args.compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         transformer.compile_repeated_blocks()
 
     # Training
     if args.report_to != "none":
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
+    validation = Validation(transformer, dataset, checkpoint, run)
     if first_update == 0:
-        validate(transformer, "validation", 0, prompt_embeds, run)
-    stopped_by = train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, run)
+        validation(0)
+    stopped_by = train(
+        transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run
+    )
     if stopped_by:
         accelerator.end_training()
         logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
@@ -2085,18 +2312,17 @@ def main(args):
     if accelerator.is_main_process:
         save_result(transformer, schedule, run)
     accelerator.wait_for_everyone()
-    files = validate(transformer, "final", schedule.max_train_steps, prompt_embeds, run)
+    files = validation(schedule.max_train_steps, final=True)
     if accelerator.is_main_process:
         write_model_card(args, files)
         if args.push_to_hub:
             push_to_hub(args)
-    accelerator.end_training()
-    if accelerator.is_main_process:
         print(
             f"The LoRA is in {Path(args.output_dir, LORA_FILE)}, for ComfyUI in {Path(args.output_dir, 'comfyui')}.\n"
             f"Use it: pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}); "
-            f"pipe.load_lora_weights({args.output_dir!r})"
+            f"pipe.load_lora_weights({args.output_dir!r})\n{validation.summary()}".strip()
         )
+    accelerator.end_training()
 
 
 def run_command_line():
