@@ -1180,9 +1180,9 @@ FLOAT8 = torch.float8_e4m3fn
 
 def quantize_rows(matrix):
     """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
-    limit = torch.finfo(FLOAT8).max
-    scale = matrix.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / limit
-    return (matrix / scale).clamp(-limit, limit).to(FLOAT8), scale
+    scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return (matrix / scale).to(FLOAT8), scale
 
 
 class Float8Product(torch.autograd.Function):
@@ -1198,14 +1198,17 @@ class Float8Product(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         ctx.x_dtype = x.dtype
         rows, row_scale = quantize_rows(x)
-        return torch._scaled_mm(rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16).to(out_dtype)
+        product = torch._scaled_mm(
+            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.to(out_dtype)
 
     @staticmethod
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         rows, row_scale = quantize_rows(grad * scale.t())
         columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
-        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16)
+        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
         return product.to(ctx.x_dtype), None, None, None
 
 
@@ -1802,7 +1805,12 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
 def save_sheet(rows, row_labels, column_labels, path):
     """Save pictures as a labelled grid; a sheet is at most 256 pixels wide for each picture."""
     side = min(256, max(rows[0][0].size))
-    font = caption_font(max(11, side // 14), "".join(column_labels))
+    size = max(11, side // 14)
+    font = caption_font(size, "".join(column_labels))
+    if font is None:  # no font here has these characters: numbers then, and the prompts in a text beside
+        path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
+        column_labels = [f"prompt {number} (see prompts.txt)" for number in range(len(column_labels))]
+        font = ImageFont.load_default(size)
     margin, line = 5 * font.size, round(1.3 * font.size)
     lines = [
         textwrap.wrap(label, max(8, int(side / font.getlength(label) * len(label))))[:4] for label in column_labels
@@ -1821,22 +1829,15 @@ def save_sheet(rows, row_labels, column_labels, path):
 
 
 def caption_font(size, text):
-    """A font that can draw `text`: Pillow's own, or for Chinese the first CJK font of the system."""
-    if not text.isascii():
-        for folder in ("/usr/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts", str(Path.home() / ".fonts")):
-            for pattern in (
-                "*CJK*.tt[cf]",
-                "*CJK*.otf",
-                "wqy*.tt[cf]",
-                "PingFang*",
-                "msyh*",
-                "simhei*",
-                "DroidSansFallback*",
-            ):
-                for path in sorted(Path(folder).rglob(pattern)):
-                    with contextlib.suppress(OSError):
-                        return ImageFont.truetype(str(path), size)
-    return ImageFont.load_default(size)
+    """A font for `text`: Pillow's own, or for other scripts the first CJK font of the system, or None."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
+        for pattern in ("*CJK*.[ot]t[cf]", "wqy*.tt[cf]", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
+            for path in sorted(Path(folder).rglob(pattern)):
+                with contextlib.suppress(OSError):
+                    return ImageFont.truetype(str(path), size)
+    return None
 
 
 HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
