@@ -70,7 +70,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
@@ -80,6 +81,7 @@ from diffusers.training_utils import (
     offload_models,
 )
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -842,6 +844,8 @@ class Model:
     path: str
     hub_kwargs: dict  # revision, variant, cache_dir
     transformer_config: dict
+    vae_config: dict
+    text_config: transformers.PretrainedConfig
     scheduler: FlowMatchEulerDiscreteScheduler
     vae_scale_factor: int
     latent_channels: int
@@ -913,6 +917,8 @@ def check_model(args):
         path,
         {**hub_kwargs, "variant": args.variant},
         transformer,
+        vae,
+        text_config,
         scheduler,
         vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
         latent_channels=vae["latent_channels"],
@@ -1025,6 +1031,13 @@ def count_tokens(tokenizer, prompt, limit):
     return len(tokens)
 
 
+def warn_of_cut_prompts(examples, run):
+    """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
+    tokenizer = run.model.load(transformers.AutoTokenizer, "tokenizer")
+    for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
+        count_tokens(tokenizer, prompt, run.args.max_sequence_length)
+
+
 def load_vae(run):
     """The frozen VAE, in float32: it loses detail in half precision. With `--offload` it waits in host memory."""
     vae = run.model.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
@@ -1129,14 +1142,16 @@ def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
 
 
 def resolve_lora_layers(names, config):
-    """The linear layers that `--lora_layers` means: {requested name: [module path]}. Raises UserError.
+    """The linear layers that `--lora_layers` means: {requested name: {module path: in + out}}. Raises UserError.
 
     A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
     (`ff.net.0.proj`, `ff.net.2`) mean this model's.
     """
     with torch.device("meta"):
         transformer = ZImageTransformer2DModel.from_config(config)
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = {
+        n: m.in_features + m.out_features for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     resolved = {}
     for requested in filter(None, (name.strip() for name in names.split(","))):
         own = [requested]
@@ -1144,7 +1159,7 @@ def resolve_lora_layers(names, config):
             if requested == foreign or requested.endswith("." + foreign):
                 own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
                 logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
-        resolved[requested] = [path for path in linear if any(names_module(name, path) for name in own)]
+        resolved[requested] = {path: linear[path] for path in linear if any(names_module(n, path) for n in own)}
         if not resolved[requested]:
             known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
             near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
@@ -1189,7 +1204,7 @@ def quantize_rows(matrix):
     """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
     scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (matrix / scale).to(FLOAT8), scale
+    return (matrix / scale).to(FLOAT8, memory_format=torch.contiguous_format), scale
 
 
 class Float8Product(torch.autograd.Function):
@@ -1220,20 +1235,24 @@ class Float8Product(torch.autograd.Function):
 
 
 class FrozenFloat8Linear(torch.nn.Linear):
-    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other."""
+    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other.
+
+    The float8 numbers are kept as bytes, which every communication library can send.
+    """
 
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
     def __init__(self, linear, device):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         weight, scale = quantize_rows(linear.weight.detach().to(device))
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight = torch.nn.Parameter(weight.view(torch.uint8), requires_grad=False)
         self.scale = torch.nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x):
         device = x.device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return Float8Product.apply(x.flatten(0, -2), self.weight, self.scale, out_dtype).unflatten(0, x.shape[:-1])
+        product = Float8Product.apply(x.flatten(0, -2), self.weight.view(FLOAT8), self.scale, out_dtype)
+        return product.unflatten(0, x.shape[:-1])
 
 
 def quantize_to_float8(transformer, device):
@@ -1243,7 +1262,7 @@ def quantize_to_float8(transformer, device):
     """
     for block in transformer_blocks(transformer):
         for name, module in list(block.named_modules()):
-            if isinstance(module, torch.nn.Linear) and not name.startswith("adaLN_modulation"):
+            if isinstance(module, torch.nn.Linear) and module.bias is None:  # all but the modulation
                 block.set_submodule(name, FrozenFloat8Linear(module, device))
 
 
@@ -1268,6 +1287,46 @@ def load_transformer(run):
     if args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing):
         transformer.enable_gradient_checkpointing()
     return transformer
+
+
+class RealRopeEmbedder(RopeEmbedder):
+    """The rotary embedding as pairs of cosine and sine, [tokens, head_dim / 2, 2], in place of complex numbers."""
+
+    def __call__(self, ids):
+        return torch.view_as_real(super().__call__(ids))
+
+
+def rotate_pairs(x, rotation):
+    """Turn each pair of channels of x [B, tokens, heads, head_dim] by rotation [B, tokens, head_dim / 2, 2]."""
+    cos, sin = rotation.unsqueeze(2).unbind(-1)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
+    """diffusers' attention of Z-Image with that embedding."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = rotate_pairs(attn.norm_q(query), freqs_cis), rotate_pairs(attn.norm_k(key), freqs_cis)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        output = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        return attn.to_out[0](output.flatten(2, 3).type_as(query))
+
+
+def compile_blocks(transformer):
+    """Compile the repeated block, not the model: Inductor fuses it whole once complex numbers are out of it."""
+    rope = transformer.rope_embedder
+    transformer.rope_embedder = RealRopeEmbedder(rope.theta, rope.axes_dims, rope.axes_lens)
+    # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit of 8.
+    torch._dynamo.config.recompile_limit = 64
+    for block in transformer_blocks(transformer):
+        backend = block.attention.processor._attention_backend
+        block.attention.set_processor(RealRopeAttnProcessor())
+        block.attention.processor._attention_backend = backend
+        block.compile(fullgraph=True)
 
 
 def shard(module, blocks, accelerator, ignored=()):
@@ -1304,12 +1363,15 @@ def add_lora(transformer, targets, run):
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    for name, paths in targets.items():
-        blocks = Counter(path.split(".")[0] for path in paths)
-        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
-        logger.info(f"LoRA on {name}: {len(paths)} modules ({where})")
-    logger.info(f"LoRA parameters: {sum(p.numel() for p in parameters):,} at rank {args.rank}")
+    leave_inputs_alone(transformer)
     return parameters
+
+
+def leave_inputs_alone(transformer):
+    """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def wear_base_adapter(transformer, args):
@@ -1327,6 +1389,7 @@ def wear_base_adapter(transformer, args):
         raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
     transformer.set_adapters(["default", "base"], [1.0, weight])
     freeze_base_adapter(transformer)
+    leave_inputs_alone(transformer)
 
 
 def freeze_base_adapter(transformer):
@@ -2083,16 +2146,29 @@ def choose_seed(args, checkpoint, accelerator):
     return seed
 
 
-def describe_plan(args, examples, buckets, missing_class_images, schedule):
-    """What the run will do, as lines: pictures by bucket, enlarged and cut ones, steps and epochs."""
-    lines = []
+def describe_plan(examples, buckets, missing_class_images, targets, schedule, run):
+    """What the run will do, as lines: pictures by size, how much they are scaled and cut, steps, LoRA, memory."""
+    args, lines = run.args, []
     for kind, kind_examples in examples.items():
-        sizes = Counter(buckets[kind])
-        listed = ", ".join(f"{n} at {h}x{w}" for (h, w), n in sorted(sizes.items()))
-        lines.append(f"{len(kind_examples)} {kind} pictures (height x width): {listed or 'none yet'}")
-        enlarged = [e.name for e, b in zip(kind_examples, buckets[kind]) if e.size[0] < b[0] or e.size[1] < b[1]]
+        pairs = list(zip(kind_examples, buckets[kind], strict=True))
+        lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
+        for bucket, number in sorted(Counter(buckets[kind]).items()):
+            sizes = [example.size for example, assigned in pairs if assigned == bucket]
+            scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
+            cut = statistics.fmean(
+                1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
+            )
+            lines.append(
+                f"  {number} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
+                + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
+                + f", {cut:.0%} cut off on average"
+            )
+        enlarged = [
+            example.name for example, bucket in pairs if example.size[0] < bucket[0] or example.size[1] < bucket[1]
+        ]
         if enlarged:
-            lines.append(f"{len(enlarged)} {kind} pictures are smaller than that and enlarged, such as {enlarged[0]}")
+            lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
+        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(kind_examples)]
     if missing_class_images:
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
     if round_size(args.resolution) != args.resolution:
@@ -2102,7 +2178,59 @@ def describe_plan(args, examples, buckets, missing_class_images, schedule):
         f"{schedule.max_train_steps} steps of {schedule.total_batch_size} pictures: {epochs:.1f} epochs "
         f"of {schedule.samples_per_epoch} samples"
     )
+    for name, paths in targets.items():
+        blocks = Counter(path.split(".")[0] for path in paths)
+        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
+        lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
+    memory = expected_memory(buckets, targets, run)
+    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.1f}" for stage, size in memory.items()))
     return lines
+
+
+def find_duplicates(examples):
+    """Pairs of names of picture files with the same bytes; only files of the same size are read."""
+    by_size, seen, pairs = Counter(), {}, []
+    files = [example for example in examples if isinstance(example.source, Path)]
+    by_size.update(example.source.stat().st_size for example in files)
+    for example in files:
+        if by_size[example.source.stat().st_size] > 1:
+            first = seen.setdefault(file_digest(example.source), example.name)
+            if first != example.name:
+                pairs.append((first, example.name))
+    return pairs
+
+
+def expected_memory(buckets, targets, run):
+    """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
+    args, config = run.args, run.model.transformer_config
+    width = run.weight_dtype.itemsize
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel.from_config(config)
+        text_encoder = transformers.AutoModel.from_config(run.model.text_config)
+        vae = AutoencoderKL.from_config(run.model.vae_config)
+    parameters = [sum(p.numel() for p in part.parameters()) for part in (text_encoder, vae, transformer)]
+    text_encoder, vae, weights = parameters[0] * width, parameters[1] * 4, parameters[2] * width
+    if args.do_fp8_training or args.bnb_quantization_config_path:
+        linear = sum(p.numel() for block in transformer_blocks(transformer) for p in block.parameters() if p.ndim == 2)
+        four_bit = args.bnb_quantization_config_path and quantization_config(args, run.weight_dtype).load_in_4bit
+        weights -= linear * (width - (0.57 if four_bit else 1))  # 4 bits and a scale for each 64, or 8 bits
+    rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
+    state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
+    adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
+    # Bytes that one layer keeps for each token and channel until the backward pass, counted on the eager model.
+    kept, boundary = (68, 2.7) if width == 2 else (77, 5.1)
+    pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
+    tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
+    layers = config["n_layers"] + 2 * config["n_refiner_layers"]
+    in_layers = kept + boundary * layers if args.gradient_checkpointing else kept * layers
+    activations = args.train_batch_size * tokens * config["dim"] * in_layers
+    encoding = vae + pixels * 4 * 900  # the VAE's widest layers
+    stages = {
+        "text encoder": text_encoder,
+        "VAE": encoding,
+        "training": weights + adapter + activations + (0 if args.cache_latents else encoding),
+    }
+    return {stage: size / 2**30 for stage, size in stages.items()}
 
 
 def set_aside_earlier_run(args):
@@ -2291,12 +2419,15 @@ def main(args):
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
     buckets = {kind: assign_buckets(examples[kind], args) for kind in examples}
     schedule = make_schedule(args, len(examples["instance"]), accelerator.num_processes)
-    for line in describe_plan(args, examples, buckets, missing, schedule):
+    for line in describe_plan(examples, buckets, missing, targets, schedule, run):
         logger.info(line)
     manifest = {"seed": run.seed, "fingerprint": fingerprint(examples, buckets, missing, targets, schedule, run)}
     if checkpoint:
         check_fingerprint(checkpoint, manifest["fingerprint"])
-    if args.dry_run or (args.resume_from_checkpoint and is_finished(args, schedule)):
+    if args.dry_run:
+        warn_of_cut_prompts(examples, run)
+        return
+    if args.resume_from_checkpoint and is_finished(args, schedule):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
@@ -2329,8 +2460,7 @@ def main(args):
         adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
         shard(transformer, transformer_blocks(transformer), accelerator, ignored=adapters)
     if args.compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        for block in transformer_blocks(transformer):
-            block.compile()
+        compile_blocks(transformer)
 
     # Training
     if args.report_to != "none":
