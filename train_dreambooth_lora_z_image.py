@@ -73,6 +73,7 @@ from diffusers import (
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
@@ -121,11 +122,17 @@ class OneLineErrorParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def convert_arg_line_to_args(self, line):
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        words = [self.read_words(Path(arg[1:])) if arg.startswith("@") else [arg] for arg in args]
+        return super().parse_known_args(sum(words, []), namespace)
+
+    def read_words(self, path):
+        """The words of an `@file`: argparse's own reader leaves the encoding to the locale."""
         try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"cannot read the line {line!r} of an @file: {error}")
+            return [word for line in read_text(path).splitlines() for word in shlex.split(line, comments=True)]
+        except ValueError as error:  # of read_text, or an open quote
+            self.error(f"cannot read the arguments in {path}: {first_line(error)}")
 
 
 def boolean(text):
@@ -169,7 +176,6 @@ def build_parser():
         prog="train_dreambooth_lora_z_image.py",
         description="Teach Z-Image a subject, a character or a style from a few pictures, as a LoRA.",
         epilog="@FILE reads arguments from a file: one flag a line, # begins a comment.",
-        fromfile_prefix_chars="@",
     )
 
     add = parser.add_argument_group("Model and precision").add_argument
@@ -452,7 +458,7 @@ def read_metadata(folder, caption_column):
             raise UserError(f"--caption_column needs {path}, which does not exist: make it, or leave the flag out")
         return {}
     rows = {}
-    for line_number, line in enumerate(read_text(path).splitlines(), 1):
+    for line_number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -497,7 +503,10 @@ def load_dataset_examples(args):
     for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
         if column and column not in data.column_names:
             raise UserError(f"{flag} {column}: {args.dataset_name} has only {', '.join(data.column_names)}")
-    data = data.cast_column(args.image_column, datasets.Image(decode=False))
+    try:
+        data = data.cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these
+        raise UserError(f"--image_column {args.image_column} of {args.dataset_name} holds no pictures") from None
     captions = data[args.caption_column] if args.caption_column else [None] * len(data)
     if not len(data):
         raise UserError(f"--dataset_name {args.dataset_name} is empty")
@@ -531,7 +540,7 @@ def picture_errors(name):
     """Turns whatever Pillow raises about a bad picture into a UserError that names it."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError) as error:
         reason = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else first_line(error)
         raise UserError(f"{name} cannot be read as a picture ({reason}): replace or remove it") from None
 
@@ -545,7 +554,8 @@ def picture_size(name, source):
     """(height, width) of the upright picture, from its header alone. Raises UserError."""
     with picture_errors(name), open_picture(source) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 are on their side
+        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations on their side
+        turned = turned and image.format != "TIFF"  # whose size Pillow gives upright
     return (width, height) if turned else (height, width)
 
 
@@ -558,16 +568,17 @@ def decode_image(name, source):
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         elif image.mode == "F":
             image = image.point(lambda value: value * 255 if image.getextrema()[1] <= 1 else value).convert("L")
-        if profile and image.mode in ("RGB", "CMYK", "L"):
+        if image.mode == "P" or image.has_transparency_data:
+            image = image.convert("RGBA")
+        if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
                 image = ImageCms.profileToProfile(
                     image,
                     ImageCms.ImageCmsProfile(io.BytesIO(profile)),
                     ImageCms.createProfile("sRGB"),
-                    outputMode="RGB",
+                    outputMode="RGBA" if image.mode == "RGBA" else "RGB",
                 )
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
+        if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
@@ -1190,10 +1201,12 @@ def quantization_config(args, weight_dtype):
         settings = json.loads(read_text(Path(path)))
         if settings.get("load_in_4bit"):
             settings["bnb_4bit_compute_dtype"] = weight_dtype
-        return BitsAndBytesConfig(**settings)
+        config = BitsAndBytesConfig(**settings)
+        DiffusersAutoQuantizer.from_config(config).validate_environment()
+        return config
     except UserError as error:
         raise UserError(f"--bnb_quantization_config_path: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(f"--bnb_quantization_config_path {path}: {first_line(error)}") from None
 
 
@@ -2413,6 +2426,8 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint, accelerator), weight_dtype)
     targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
+    quantization_config(args, weight_dtype)  # this and the next are used later: their mistakes end the run here
+    build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)

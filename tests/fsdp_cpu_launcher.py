@@ -1,13 +1,16 @@
-"""Test-only: run a script under FSDP2 on CPU processes, which accelerate itself offers on GPUs alone.
+"""Test-only: runs a script under FSDP2 on CPU processes, which accelerate itself offers on GPUs alone.
 
-    ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 fsdp_cpu_launcher.py path/to/script.py [script arguments]
+    ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 tests/fsdp_cpu_launcher.py path/to/script.py [script arguments]
 
-Sets what `accelerate launch` exports for a config with `fsdp_version: 2` (anything already set wins), and lets
-`AcceleratorState` keep the FSDP plugin on CPU processes. Everything after that is accelerate's own code.
+`ENVIRONMENT` is what `accelerate launch` exports for `configs/fsdp.yaml` (anything already set wins), and
+`allow_fsdp_on_cpu` lets accelerate keep its FSDP plugin on CPU processes. Everything after that is accelerate's own
+code and torch's.
 """
+
 import os
 import runpy
 import sys
+
 
 ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "true",
@@ -24,6 +27,7 @@ ENVIRONMENT = {
 
 
 def allow_fsdp_on_cpu():
+    """Lets `AcceleratorState` take an FSDP plugin on several CPU processes, as it does on several GPUs."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     original = AcceleratorState.__init__

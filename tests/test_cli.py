@@ -1,0 +1,670 @@
+"""The command line: its flags and defaults, the specification's commands, LoRA targets, and mistakes of the user."""
+
+import ast
+import json
+import logging
+import os
+import re
+import runpy
+import shlex
+import shutil
+import string
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+import train_dreambooth_lora_z_image as trainer
+from tiny import ROOT, SCRIPT, Finished, launch, lora_metadata, lora_tensors, run, run_script, train_args
+
+
+REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", "--instance_prompt=a dog"]
+
+# Every flag with the value it has when it is not given.
+DEFAULTS = {
+    "revision": None,
+    "variant": None,
+    "cache_dir": None,
+    "mixed_precision": None,
+    "do_fp8_training": False,
+    "bnb_quantization_config_path": None,
+    "gradient_checkpointing": False,
+    "offload": False,
+    "allow_tf32": False,
+    "compile": False,
+    "attention_backend": None,
+    "enable_npu_flash_attention": False,
+    "fsdp_text_encoder": False,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "image_column": "image",
+    "caption_column": None,
+    "repeats": 1,
+    "with_prior_preservation": False,
+    "class_data_dir": None,
+    "class_prompt": None,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "sample_batch_size": 4,
+    "prior_generation_precision": None,
+    "resolution": 1024,
+    "aspect_ratio_buckets": None,
+    "use_aspect_ratio_buckets": False,
+    "center_crop": False,
+    "random_flip": False,
+    "max_sequence_length": 512,
+    "caption_dropout": 0.0,
+    "cache_latents": False,
+    "encoding_cache_dir": None,
+    "dataloader_num_workers": 0,
+    "rank": 4,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "lora_layers": "to_k,to_q,to_v,to_out.0",
+    "train_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "optimizer": "adamw",
+    "use_8bit_adam": False,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-4,
+    "adam_epsilon": 1e-8,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+    "max_grad_norm": 1.0,
+    "weighting_scheme": "none",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "mode_scale": 1.29,
+    "timestep_shift": None,
+    "seed": None,
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "final_validation_prompt": None,
+    "skip_final_inference": False,
+    "guidance_scale": 5.0,
+    "validation_num_inference_steps": None,
+    "output_dir": "z-image-dreambooth-lora",
+    "logging_dir": "logs",
+    "report_to": "tensorboard",
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "upcast_before_saving": False,
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "hub_token": None,
+    "hub_private": False,
+    "dry_run": False,
+    "text_encoder_lr": None,
+    "adam_weight_decay_text_encoder": None,
+    "local_rank": None,
+}
+WITHOUT_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank")
+
+
+@pytest.fixture(scope="session")
+def model_without_weights(tiny_model, tmp_path_factory):
+    """A pipeline folder of which nothing but the configuration can be read: loading a model from it fails."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "no-weights")
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs the script as `python train_dreambooth_lora_z_image.py ARGS` would, inside this process."""
+
+    def run_here(*args):
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        reset_accelerate()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as finished:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return Finished(sys.argv, finished.value.code, *capsys.readouterr())
+
+    environment, handlers = dict(os.environ), logging.root.handlers[:]
+    yield run_here
+    logging.root.handlers[:] = handlers
+    os.environ.clear()
+    os.environ.update(environment)
+    reset_accelerate()
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def assert_mistake(finished, *words):
+    """The program ended as for a mistake of its user: status 2, one line of its own, the last, with these words."""
+    lines = finished.stderr.splitlines()
+    own = [line for line in lines if line.startswith(SCRIPT.name)]
+    assert finished.returncode == 2, finished
+    assert "Traceback" not in finished.output, finished
+    assert len(own) == 1 and lines[-1] == own[0], finished
+    assert not [word for word in map(str, words) if word not in own[0]], own[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_has_its_documented_default():
+    args = vars(trainer.parse_args(REQUIRED))
+    assert {name: args.get(name, "no such flag") for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_flag_is_read():
+    own_functions = ("build_parser", "parse_args", "ineffective_flags")  # what these read has no effect yet
+    read = set()
+    for statement in ast.parse(SCRIPT.read_text("utf-8")).body:
+        if getattr(statement, "name", None) in own_functions:
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "args":
+                read.add(node.attr)
+    flags = {action.dest for action in trainer.build_parser()._actions} - {"help"}
+    assert not flags - read - set(WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_flag_without_effect_says_so_in_one_line(name, run_here, model_without_weights, photos, tmp_path):
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **{name: 1}))
+    assert finished.returncode == 0, finished
+    assert [f"--{name} has no effect" in line for line in finished.stderr.splitlines()].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?i)flux", r"\bT5\b", r"(?i)\bunet", r"SD3(?! paper)", r"\bCLIP\b", r"(?i)sdxl"]
+)
+def test_help_mentions_no_other_model(pattern):
+    text = re.sub(r"\s+", " ", trainer.build_parser().format_help())
+    assert not re.search(pattern, text)
+
+
+def test_help_explains_every_flag():
+    assert not [action.option_strings for action in trainer.build_parser()._actions if not action.help]
+
+
+def test_help_is_printed_with_status_0(run_here):
+    finished = run_here("--help")
+    assert finished.returncode == 0 and "--instance_prompt" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("abbreviation", "name", "value"),
+    [
+        ("--gradient_accumulation=3", "gradient_accumulation_steps", 3),
+        ("--max_train=7", "max_train_steps", 7),
+        ("--bnb=nf4.json", "bnb_quantization_config_path", "nf4.json"),
+    ],
+)
+def test_abbreviated_flag_reaches_the_full_one(abbreviation, name, value):
+    assert getattr(trainer.parse_args([*REQUIRED, abbreviation]), name) == value
+
+
+@pytest.mark.parametrize("name", ["prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"])
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([""], True),
+        (["", "True"], True),
+        (["", "False"], False),
+        (["=yes"], True),
+        (["=no"], False),
+        (["=1"], True),
+        (["=0"], False),
+        (["=FALSE"], False),
+    ],
+)
+def test_boolean_flag_takes_a_value_or_none(name, words, value):
+    words = [f"--{name}{words[0]}", *words[1:]]
+    assert getattr(trainer.parse_args([*REQUIRED, *words]), name) is value
+
+
+@pytest.mark.parametrize("text", ["AdamW", "adamW", "adamw", "ADAMW", "prodigy", "Prodigy"])
+def test_optimizer_is_read_in_any_letter_case(text):
+    assert trainer.parse_args([*REQUIRED, f"--optimizer={text}"]).optimizer == text.lower()
+
+
+ARGUMENTS_FILE = """\
+# how we train our dog
+--instance_prompt="一只sks狗的照片"   # a photo of sks dog
+
+--rank=8
+--lora_alpha 16
+--validation_prompt='dog #1 in a bucket'
+--cache_latents
+"""
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_arguments_come_from_a_file(mark, tmp_path):
+    file = tmp_path / "dog.args"
+    file.write_text(mark + ARGUMENTS_FILE, encoding="utf-8")
+    typed = ["--rank=8", "--lora_alpha=16", "--validation_prompt=dog #1 in a bucket", "--cache_latents"]
+    from_file = trainer.parse_args([*REQUIRED, f"@{file}"])
+    assert from_file == trainer.parse_args([*REQUIRED, "--instance_prompt=一只sks狗的照片", *typed])
+
+
+def test_a_later_flag_overrides_the_file(tmp_path):
+    (tmp_path / "dog.args").write_text("--rank=8\n")
+    assert trainer.parse_args([*REQUIRED, f"@{tmp_path / 'dog.args'}", "--rank=2"]).rank == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The specification's commands, as printed
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAIN_COMMAND = """
+accelerate launch train_dreambooth_lora_z_image.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME  \\
+  --instance_data_dir=$INSTANCE_DIR \\
+  --output_dir=$OUTPUT_DIR \\
+  --mixed_precision="bf16" \\
+  --gradient_checkpointing \\
+  --cache_latents \\
+  --instance_prompt="a photo of sks dog" \\
+  --resolution=1024 \\
+  --train_batch_size=1 \\
+  --guidance_scale=5.0 \\
+  --use_8bit_adam \\
+  --gradient_accumulation_steps=4 \\
+  --optimizer="adamW" \\
+  --learning_rate=1e-4 \\
+  --report_to="wandb" \\
+  --lr_scheduler="constant" \\
+  --lr_warmup_steps=100 \\
+  --max_train_steps=500 \\
+  --validation_prompt="A photo of sks dog in a bucket" \\
+  --validation_epochs=25 \\
+  --seed="0" \\
+  --push_to_hub
+"""
+
+FP8_COMMAND = """
+accelerate launch train_dreambooth_lora_z_image.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME  \\
+  --instance_data_dir=$INSTANCE_DIR \\
+  --output_dir=$OUTPUT_DIR \\
+  --do_fp8_training \\
+  --gradient_checkpointing \\
+  --cache_latents \\
+  --instance_prompt="a photo of sks dog" \\
+  --resolution=1024 \\
+  --train_batch_size=1 \\
+  --guidance_scale=5.0 \\
+  --use_8bit_adam \\
+  --gradient_accumulation_steps=4 \\
+  --optimizer="adamW" \\
+  --learning_rate=1e-4 \\
+  --report_to="wandb" \\
+  --lr_scheduler="constant" \\
+  --lr_warmup_steps=100 \\
+  --max_train_steps=500 \\
+  --validation_prompt="A photo of sks dog in a bucket" \\
+  --validation_epochs=25 \\
+  --seed="0" \\
+  --push_to_hub
+"""
+
+PRODIGY_COMMAND = """
+accelerate launch train_dreambooth_lora_z_image.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME  \\
+  --instance_data_dir=$INSTANCE_DIR \\
+  --output_dir=$OUTPUT_DIR \\
+  --mixed_precision="bf16" \\
+  --gradient_checkpointing \\
+  --cache_latents \\
+  --instance_prompt="a photo of sks dog" \\
+  --resolution=1024 \\
+  --train_batch_size=1 \\
+  --guidance_scale=5.0 \\
+  --gradient_accumulation_steps=4 \\
+  --optimizer="prodigy" \\
+  --learning_rate=1.0 \\
+  --report_to="wandb" \\
+  --lr_scheduler="constant_with_warmup" \\
+  --lr_warmup_steps=100 \\
+  --max_train_steps=500 \\
+  --validation_prompt="A photo of sks dog in a bucket" \\
+  --validation_epochs=25 \\
+  --seed="0" \\
+  --push_to_hub
+"""
+
+# Drawing four pictures of 1024 pixels in 50 steps takes minutes without a GPU. So two more things are changed here:
+# the launched commands draw one picture in one step, and all but the main one do everything at 64 pixels. From Python
+# the main command draws all its pictures, at 64 pixels.
+SMALL = ("--resolution=64",)
+QUICK = ("--num_validation_images=1", "--validation_num_inference_steps=1")
+
+
+def flags_as_printed(command, model, data, out):
+    """The command's flags: model, folders, tracker, push and number of steps changed, and nothing else."""
+    text = string.Template(command).substitute(MODEL_NAME=model, INSTANCE_DIR=data, OUTPUT_DIR=out)
+    launcher, verb, script, *flags = shlex.split(text.replace("\\\n", " "))
+    assert (launcher, verb, script) == ("accelerate", "launch", SCRIPT.name)
+    changes = {"--report_to=wandb": "--report_to=tensorboard", "--max_train_steps=500": "--max_train_steps=2"}
+    flags = [changes.pop(flag, flag) for flag in flags if flag != "--push_to_hub"]
+    assert not changes
+    return flags
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """The environment after `accelerate config default`, with everything that it writes in a folder of its own."""
+    environment = {"HF_HOME": str(tmp_path_factory.mktemp("hf-home"))}
+    run([Path(sys.executable).with_name("accelerate"), "config", "default"], env=environment)
+    return environment
+
+
+@pytest.fixture
+def one_photo(photos):
+    """A folder of one picture: enough for a run of which only the ending matters."""
+    for path in sorted(photos.iterdir())[1:]:
+        path.unlink()
+    return photos
+
+
+def assert_trained(out, dtype=torch.bfloat16):
+    tensors = lora_tensors(out)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    assert list((out / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("command", "changed"),
+    [(MAIN_COMMAND, QUICK), (FP8_COMMAND, QUICK + SMALL), (PRODIGY_COMMAND, QUICK + SMALL)],
+    ids=["main", "fp8", "prodigy"],
+)
+def test_command_of_the_specification_runs(command, changed, configured, tiny_model, one_photo, tmp_path):
+    out = tmp_path / "out"
+    flags = flags_as_printed(command, tiny_model, one_photo, out)
+    launch(*flags, *changed, launcher_flags=(), env=configured)
+    assert_trained(out)
+
+
+def test_command_of_the_specification_runs_from_python(tiny_model, one_photo, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys\n"
+        "from accelerate.utils import write_basic_config\n"
+        "write_basic_config()\n"
+        "from train_dreambooth_lora_z_image import main, parse_args\n"
+        "main(parse_args(sys.argv[1:]))\n"
+    )
+    flags = flags_as_printed(MAIN_COMMAND, tiny_model, one_photo, out)
+    environment = {"HF_HOME": str(tmp_path / "hf-home"), "PYTHONPATH": str(ROOT)}
+    run([sys.executable, "-c", code, *flags, *SMALL], env=environment)
+    assert_trained(out)
+
+
+@pytest.mark.parametrize(
+    ("capability", "accepted"), [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_fp8_needs_compute_capability_8_9(
+    capability, accepted, run_here, model_without_weights, photos, tmp_path, monkeypatch
+):
+    class AcceleratorOfThatGpu(accelerate.Accelerator):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(accelerate, "Accelerator", AcceleratorOfThatGpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    args = train_args(model_without_weights, photos, tmp_path / "out", do_fp8_training=True, dry_run=True)
+    finished = run_here(*args)
+    if accepted:
+        assert finished.returncode == 0, finished
+    else:
+        assert_mistake(finished, "--do_fp8_training", "8.9", f"{capability[0]}.{capability[1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA targets
+# ---------------------------------------------------------------------------------------------------------------------
+
+BLOCKS = ("noise_refiner.0", "context_refiner.0", "layers.0", "layers.1")  # of the tiny model
+ATTENTION = ("attention.to_k", "attention.to_q", "attention.to_v", "attention.to_out.0")
+FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+
+def modules_of(layers, blocks=BLOCKS):
+    return {f"{block}.{layer}" for block in blocks for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("names", "modules"),
+    [
+        ("to_k,to_q,to_v,to_out.0", modules_of(ATTENTION)),
+        ("to_k,to_q,to_v,to_out.0,ff.net.0.proj,ff.net.2", modules_of(ATTENTION + FEED_FORWARD)),
+        ("ff.net.0.proj", modules_of(["feed_forward.w1", "feed_forward.w3"])),
+        ("ff.net.2", modules_of(["feed_forward.w2"])),
+        ("layers.1.attention.to_q", {"layers.1.attention.to_q"}),
+        ("layers.0.to_k, layers.1.feed_forward.w2", {"layers.0.attention.to_k", "layers.1.feed_forward.w2"}),
+        ("layers.0.ff.net.2", {"layers.0.feed_forward.w2"}),
+        ("noise_refiner.0.attention.to_v", {"noise_refiner.0.attention.to_v"}),
+    ],
+)
+def test_lora_layers_trains_what_it_names_and_nothing_else(names, modules, run_here, tiny_model, photos, tmp_path):
+    args = train_args(tiny_model, photos, tmp_path, lora_layers=names, rank=2, lora_alpha=6, max_train_steps=1)
+    finished = run_here(*args)
+    assert finished.returncode == 0, finished
+    tensors = lora_tensors(tmp_path)
+    assert set(tensors) == {f"transformer.{module}.lora_{side}.weight" for module in modules for side in "AB"}
+    assert all(tensor.any() for tensor in tensors.values())  # B starts at zero
+    adapter = {key.removeprefix("transformer."): value for key, value in lora_metadata(tmp_path).items()}
+    assert (adapter["r"], adapter["lora_alpha"]) == (2, 6)
+    targets = adapter["target_modules"]  # whole names, or their ends where PEFT has shortened the list
+    meant = {
+        name for name in modules_of(ATTENTION + FEED_FORWARD) if any(f".{name}".endswith(f".{t}") for t in targets)
+    }
+    assert meant == modules
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes of the user
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no_such_flag"], ["--no_such_flag"]),
+        (["--rank=0"], ["--rank", "0"]),
+        (["--rank=four"], ["--rank", "four"]),
+        (["--resolution=-16"], ["--resolution", "-16"]),
+        (["--learning_rate=nan"], ["--learning_rate", "nan"]),
+        (["--learning_rate=0"], ["--learning_rate"]),
+        (["--caption_dropout=1.5"], ["--caption_dropout", "1.5"]),
+        (["--seed=-1"], ["--seed", "-1"]),
+        (["--prodigy_decouple=maybe"], ["--prodigy_decouple", "maybe"]),
+        (["--mixed_precision=fp8"], ["--mixed_precision", "bf16"]),
+        (["--weighting_scheme=logit"], ["--weighting_scheme", "logit_normal"]),
+        (["--lr_scheduler=cosin"], ["--lr_scheduler", "cosine"]),
+        (["--optimizer=lion"], ["--optimizer", "lion", "prodigy"]),
+        (["--adam_beta2=1"], ["--adam_beta2"]),
+        (["--max"], ["--max", "--max_train_steps"]),
+        (["--dataset_name=dogs"], ["--instance_data_dir", "--dataset_name"]),
+        (["--dataset_config_name=small"], ["--dataset_config_name", "--dataset_name"]),
+        (["--with_prior_preservation"], ["--with_prior_preservation", "--class_data_dir", "--class_prompt"]),
+        (["--with_prior_preservation", "--class_data_dir=classes"], ["--class_prompt"]),
+        (["--with_prior_preservation", "--class_prompt=a dog"], ["--class_data_dir"]),
+        (
+            ["--do_fp8_training", "--bnb_quantization_config_path=configs/nf4.json"],
+            ["--do_fp8_training", "--bnb_quantization_config_path"],
+        ),
+        (["--fsdp_text_encoder"], ["--fsdp_text_encoder", "FSDP"]),
+        (["--enable_npu_flash_attention"], ["--enable_npu_flash_attention", "torch_npu"]),
+        (["--attention_backend=flashy"], ["--attention_backend", "flashy", "native"]),
+        (["--report_to=tensorbord"], ["--report_to", "tensorbord", "tensorboard"]),
+        (["--aspect_ratio_buckets=64,64;48"], ["--aspect_ratio_buckets", "48"]),
+        (["--caption_column=text"], ["--caption_column", "metadata.jsonl"]),
+        (["--resume_from_checkpoint=nowhere"], ["--resume_from_checkpoint", "nowhere"]),
+        (["--lora_layers=,"], ["--lora_layers"]),
+        (["--lora_layers=to_qq"], ["--lora_layers", "to_qq", "to_q", "to_k"]),
+        (["--lora_layers=to_q,to_ot.0"], ["--lora_layers", "to_ot.0", "to_out.0"]),
+        (["--lora_layers=feed_forwrd.w1"], ["--lora_layers", "feed_forwrd.w1", "feed_forward.w1"]),
+        (["--lora_layers=layers.0.attn.to_q"], ["--lora_layers", "layers.0.attn.to_q", "layers.0.attention.to_q"]),
+        (["--lora_layers=layers.7.attention.to_q"], ["--lora_layers", "layers.7.attention.to_q"]),
+        (["@missing.args"], ["missing.args"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith(("--", "@")) and "=" in value[0] else None,
+)
+def test_mistake_in_a_flag_ends_before_any_model_is_loaded(
+    flags, words, run_here, model_without_weights, photos, tmp_path
+):
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out"), *flags)
+    assert_mistake(finished, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_has_status_2_for_the_shell_too(model_without_weights, tmp_path):
+    finished = run_script(*train_args(model_without_weights, tmp_path / "nowhere", tmp_path / "out"), check=False)
+    assert_mistake(finished, "--instance_data_dir", tmp_path / "nowhere")
+
+
+def test_neither_source_of_pictures_is_named(run_here, model_without_weights, tmp_path):
+    finished = run_here(*train_args(model_without_weights, None, tmp_path / "out"))
+    assert_mistake(finished, "--instance_data_dir", "--dataset_name")
+
+
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "instance_prompt"])
+def test_a_required_flag_that_is_missing_is_named(flag, run_here, model_without_weights, photos, tmp_path):
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", **{flag: None}))
+    assert_mistake(finished, f"--{flag}")
+
+
+def test_a_tracker_that_is_not_installed_comes_with_its_pip_line(run_here, model_without_weights, photos, tmp_path):
+    missing = [name for name in map(str, LOGGER_TYPE_TO_CLASS) if find_spec(name) is None]
+    if not missing:
+        pytest.skip("every tracker is installed here")
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", report_to=missing[0]))
+    assert_mistake(finished, "--report_to", f"pip install {missing[0]}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "library"),
+    [
+        ({"optimizer": "prodigy"}, "prodigyopt"),
+        ({"use_8bit_adam": True}, "bitsandbytes"),
+        ({"dataset_name": "dogs", "instance_data_dir": None}, "datasets"),
+    ],
+)
+def test_an_optional_library_that_is_missing_comes_with_its_pip_line(
+    flags, library, run_here, model_without_weights, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, f"{library}.optim", None)
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", **flags))
+    assert_mistake(finished, f"--{next(iter(flags))}", f"pip install {library}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{", "[]", '{"load_in_4bit": "yes"}', '{"load_in_4bit": true, "bnb_4bit_quant_type": 4}'],
+    ids=["missing", "empty", "broken", "no object", "no boolean", "wrong type"],
+)
+def test_a_broken_quantization_config_is_named(text, run_here, model_without_weights, photos, tmp_path):
+    path = tmp_path / "quantization.json"
+    if text is not None:
+        path.write_text(text)
+    args = train_args(model_without_weights, photos, tmp_path / "out", bnb_quantization_config_path=path)
+    assert_mistake(run_here(*args), "--bnb_quantization_config_path", path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes works on this machine")
+@pytest.mark.parametrize("config", ["nf4.json", "int8.json"])
+def test_bitsandbytes_without_a_gpu_is_a_mistake(config, run_here, model_without_weights, photos, tmp_path):
+    path = ROOT / "configs" / config
+    args = train_args(model_without_weights, photos, tmp_path / "out", bnb_quantization_config_path=path)
+    assert_mistake(run_here(*args), "--bnb_quantization_config_path", "GPU")
+
+
+def test_a_model_folder_that_does_not_exist_is_named(run_here, photos, tmp_path):
+    finished = run_here(*train_args(tmp_path / "no-model", photos, tmp_path / "out"))
+    assert_mistake(finished, "--pretrained_model_name_or_path", tmp_path / "no-model")
+
+
+def test_a_folder_that_is_no_pipeline_is_named(run_here, photos, tmp_path):
+    finished = run_here(*train_args(photos, photos, tmp_path / "out"))
+    assert_mistake(finished, "--pretrained_model_name_or_path", photos)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "scheduler"])
+def test_a_pipeline_of_another_model_is_named(component, run_here, model_without_weights, photos, tmp_path):
+    model = shutil.copytree(model_without_weights, tmp_path / "other-model")
+    (file,) = (model / component).glob("*config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "AnotherModel"}))
+    finished = run_here(*train_args(model, photos, tmp_path / "out"))
+    assert_mistake(finished, "--pretrained_model_name_or_path", component, "AnotherModel")
+
+
+def test_a_folder_without_pictures_is_named(run_here, model_without_weights, tmp_path):
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "README.md").write_text("no pictures yet")
+    finished = run_here(*train_args(model_without_weights, tmp_path / "dog", tmp_path / "out"))
+    assert_mistake(finished, "--instance_data_dir", tmp_path / "dog")
+
+
+def test_a_file_in_place_of_the_folder_is_named(run_here, model_without_weights, photos, tmp_path):
+    finished = run_here(*train_args(model_without_weights, photos / "cat.png", tmp_path / "out"))
+    assert_mistake(finished, "--instance_data_dir", photos / "cat.png")
+
+
+@pytest.mark.parametrize("kept", [0, 30, 2000], ids=["empty", "header cut", "pixels cut"])
+def test_a_corrupt_picture_is_named_before_any_model_is_loaded(
+    kept, run_here, model_without_weights, photos, tmp_path
+):
+    path = photos / "coffee.jpg"
+    path.write_bytes(path.read_bytes()[:kept])
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out"))
+    assert_mistake(finished, path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
+def test_an_arguments_file_in_another_encoding_is_named(encoding, run_here, tmp_path):
+    (tmp_path / "dog.args").write_text(ARGUMENTS_FILE, encoding=encoding)
+    finished = run_here(*REQUIRED, f"@{tmp_path / 'dog.args'}")
+    assert_mistake(finished, tmp_path / "dog.args", "UTF-8")
+
+
+def test_an_open_quote_in_an_arguments_file_is_a_mistake(run_here, tmp_path):
+    (tmp_path / "dog.args").write_text("--rank=8\n--instance_prompt=a dog's photo\n")
+    assert_mistake(run_here(*REQUIRED, f"@{tmp_path / 'dog.args'}"), "quotation")
+
+
+def test_rounding_of_the_resolution_is_announced(run_here, model_without_weights, photos, tmp_path):
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=100, dry_run=True))
+    assert finished.returncode == 0, finished
+    (line,) = [line for line in finished.output.splitlines() if "rounded" in line]
+    assert "--resolution 100" in line and "96" in line
+
+
+def test_a_resolution_that_fits_is_not_announced_as_rounded(run_here, model_without_weights, photos, tmp_path):
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=96, dry_run=True))
+    assert finished.returncode == 0 and "rounded" not in finished.output, finished

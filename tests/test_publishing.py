@@ -1,0 +1,565 @@
+"""What leaves the machine: the model card, the upload to the Hub, the trackers, the file for ComfyUI.
+
+The Hub is a small HTTP server in this process that answers the calls of huggingface_hub's client. The client reads the
+address at import, so the trainer runs in a process of its own: one, which does all the runs of this file in turn.
+"""
+
+import ast
+import base64
+import hashlib
+import json
+import re
+import shlex
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from huggingface_hub import ModelCard
+
+import train_dreambooth_lora_z_image as trainer
+from tiny import lora_tensors, run, train_args
+
+
+TOKEN, WRONG_TOKEN = "hf_TheRightTokenOfThisTest", "hf_TheWrongTokenOfThisTest"
+HOSTILE = [
+    'a "photo" of sks: dog\'s | `toy` # 1',
+    "first\n---\nbase_model: someone/else\n",
+    "--- \\ {x: [1, 2]} & *a !!python/name:os.system %",
+    "🐶 一只sks狗的照片：在桶里",
+    "'" * 3 + '"' * 3 + "```\n</details><script>",
+    "null",
+    "- 2026-01-01",
+]
+
+
+# The Hub
+
+
+class Hub(ThreadingHTTPServer):
+    """The Hub's calls for making a repository and uploading to it. `failures` says which repository fails, and how."""
+
+    failures = {
+        "someone/full": "the commit is over the quota",
+        "someone/no-space": "no space for large files",
+        "someone/cut-off": "the connection ends while a large file is sent",
+    }
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories, self.objects = {}, {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no error of the server's."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, **body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        if "error" in body:
+            self.send_header("X-Error-Message", body["error"])
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def failure(self, repository, kind):
+        return self.server.failures.get(repository) == kind
+
+    def do_GET(self):
+        self.reply(404, error="Repository not found")
+
+    def do_PUT(self):
+        repository, oid = re.fullmatch(r"/large/(.+/.+)/(\w+)", self.path).groups()
+        if self.failure(repository, "the connection ends while a large file is sent"):
+            self.rfile.read(100)
+            self.connection.close()
+            self.close_connection = True
+            return
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.failure(repository, "no space for large files"):
+            self.reply(507, error="Insufficient storage")
+            return
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.server.objects[oid] = content
+        self.reply(200)
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.reply(401, error="Invalid credentials in Authorization header")
+            return
+        for pattern, answer in {
+            r"/api/repos/create": self.create_repository,
+            r"/api/validate-yaml": self.validate_card,
+            r"/api/models/(.+/.+)/preupload/main": self.say_how_to_upload,
+            r"/(.+/.+)\.git/info/lfs/objects/batch": self.say_where_to_upload,
+            r"/api/models/(.+/.+)/commit/main": self.commit,
+        }.items():
+            if match := re.fullmatch(pattern, self.path):
+                answer(content, *match.groups())
+                return
+        self.reply(404, error=f"This Hub does not know {self.path}")
+
+    def create_repository(self, content):
+        wanted = json.loads(content)
+        name = f"{wanted['organization'] or 'someone'}/{wanted['name']}"
+        exists = name in self.server.repositories
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        self.server.repositories.setdefault(name, SimpleNamespace(private=private, files={}))
+        error = {"error": "You already created this model repo"} if exists else {}
+        self.reply(409 if exists else 200, url=f"{self.server.url}/{name}", name=name, **error)
+
+    def validate_card(self, content):
+        """As the Hub does: the front matter is YAML, and `base_model`, where it is given, is a model on the Hub."""
+        card = json.loads(content)["content"]
+        match = re.match(r"---\n(.*?)\n---(\n|$)", card, re.DOTALL)
+        try:
+            base_model = yaml.safe_load(match.group(1)).get("base_model")
+            valid = base_model is None or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model)
+            errors = [] if valid else [f'"base_model" with value "{base_model}" is not valid. Use a model id.']
+        except yaml.YAMLError as error:
+            errors = [str(error)]
+        self.reply(400 if errors else 200, errors=[{"message": message} for message in errors], warnings=[])
+
+    def say_how_to_upload(self, content, repository):
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(content)["files"]
+        ]
+        self.reply(200, files=files)
+
+    def say_where_to_upload(self, content, repository):
+        objects = [
+            {**wanted, "actions": {"upload": {"href": f"{self.server.url}/large/{repository}/{wanted['oid']}"}}}
+            for wanted in json.loads(content)["objects"]
+        ]
+        self.reply(200, transfer="basic", objects=objects)
+
+    def commit(self, content, repository):
+        if self.failure(repository, "the commit is over the quota"):
+            self.reply(403, error="Private repository storage limit reached, please upgrade your plan")
+            return
+        files = self.server.repositories[repository].files
+        for line in map(json.loads, content.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+        oid = hashlib.sha1(content).hexdigest()
+        self.reply(200, success=True, commitOid=oid, commitUrl=f"{self.server.url}/{repository}/commit/{oid}")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# The runs. The client waits between attempts at a connection that fails: not here.
+RUNS = """
+import contextlib, io, json, sys
+from pathlib import Path
+from unittest import mock
+
+import huggingface_hub
+import train_dreambooth_lora_z_image as trainer
+
+runs, results = (Path(path) for path in sys.argv[1:])
+finished = {}
+for name, (argv, endpoint) in json.loads(runs.read_text()).items():
+    huggingface_hub.constants.ENDPOINT = endpoint or huggingface_hub.constants.ENDPOINT
+    sys.argv = [trainer.__file__, *argv]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    retries = mock.patch("huggingface_hub.utils._http.time.sleep") if name == "cut-off" else contextlib.nullcontext()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), retries:
+        try:
+            status = trainer.run_command_line()
+        except SystemExit as stop:
+            status = stop.code
+        except Exception as error:
+            status = f"{type(error).__name__}: {error}"
+    finished[name] = {"status": status, "stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
+    results.write_text(json.dumps(finished))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(hub, tiny_model, shared_photos, tmp_path_factory):
+    """{name: a finished run, with its folder `out`}."""
+    base = tmp_path_factory.mktemp("runs")
+    pushing = {"push_to_hub": True, "max_train_steps": 1}
+    flags = {
+        "pushed": {
+            **pushing,
+            "hub_private": True,
+            "hub_model_id": "someone/private-dog",
+            "hub_token": TOKEN,
+            "report_to": "tensorboard",
+            "rank": 8,
+            "lora_alpha": 16,
+            "learning_rate": 0.01,
+            "max_train_steps": 2,
+            "checkpointing_steps": 1,
+            "encoding_cache_dir": base / "pushed" / "cache",
+            "instance_prompt": HOSTILE[0],
+            "validation_prompt": HOSTILE[1],
+            "num_validation_images": 2,
+            "validation_num_inference_steps": 1,
+            "skip_final_inference": None,
+        },
+        "private-dog": {**pushing},  # the name of its folder is that of the repository, which exists by now
+        "wrong-token": {**pushing, "hub_token": WRONG_TOKEN},
+        "no-network": {**pushing, "hub_model_id": "someone/unreachable"},
+        "full": {**pushing, "hub_model_id": "someone/full", "hub_private": True, "output_dir": base / "it's full"},
+        "no-space": {**pushing},
+        "cut-off": {**pushing},
+        "with wandb": {
+            "report_to": "wandb",
+            "validation_prompt": "a \"dog\": cat/'horse'?*",
+            "num_validation_images": 1,
+            "validation_num_inference_steps": 1,
+            "skip_final_inference": None,
+        },
+        "tracker that is missing": {"report_to": missing_tracker()},
+    }
+    argv = {name: train_args(tiny_model, shared_photos, base / name, **flags[name]) for name in flags}
+    for file in ("notes.txt", "my-photo.png", "earlier-run-1/README.md", "earlier-run-1/samples/old.png"):
+        (base / "pushed" / file).parent.mkdir(parents=True, exist_ok=True)
+        (base / "pushed" / file).write_text("not for the Hub")
+    unreachable = "http://127.0.0.1:9"  # the discard port, which nothing listens on
+    order = {name: (argv[name], None) for name in flags if name != "no-network"}
+    order["no-network"] = (argv["no-network"], unreachable)
+    (base / "runs.json").write_text(json.dumps(order))
+    environment = {
+        **client_environment(hub, base),
+        "ACCELERATE_USE_CPU": "1",
+        "WANDB_DIR": str(base),
+        "WANDB_SILENT": "true",
+    }
+    run([sys.executable, "-c", RUNS, base / "runs.json", base / "results.json"], environment, timeout=600)
+    finished = json.loads((base / "results.json").read_text())
+    outs = {name: Path(flags[name].get("output_dir", base / name)) for name in flags}
+    return {name: SimpleNamespace(out=outs[name], base=base, **result) for name, result in finished.items()}
+
+
+def client_environment(hub, folder):
+    """Where huggingface_hub's client finds the Hub and the token, and nothing of this machine's own settings."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HF_TOKEN": TOKEN,
+    }
+
+
+def missing_tracker():
+    """A tracker that accelerate knows and that is not installed here."""
+    installed = {str(getattr(name, "value", name)) for name in trainer.get_available_trackers()}
+    return next(name for name in LOGGER_TYPE_TO_CLASS if name not in installed)
+
+
+# --push_to_hub
+
+
+def test_push_to_hub_uploads_the_lora_its_card_its_pictures_and_the_comfyui_file_alone(runs, hub):
+    assert runs["pushed"].status == 0, runs["pushed"]
+    out, files = runs["pushed"].out, hub.repositories["someone/private-dog"].files
+    expected = {"pytorch_lora_weights.safetensors", "README.md", "comfyui/pushed.safetensors"}
+    expected |= {path.relative_to(out).as_posix() for path in (out / "samples").glob("*.png")}
+    assert expected <= set(files) <= expected | {"samples/prompts.txt", "comfyui/private-dog.safetensors"}
+    assert "samples/contact-sheet.png" in files and (out / "checkpoint-1").is_dir() and (out / "logs").is_dir()
+    assert files["samples/contact-sheet.png"] == (out / "samples" / "contact-sheet.png").read_bytes()
+
+
+def test_hub_private_makes_a_private_repository(runs, hub):
+    assert hub.repositories["someone/private-dog"].private
+    assert not hub.repositories["someone/cut-off"].private
+
+
+def test_without_hub_model_id_the_folder_names_the_repository_and_one_that_exists_is_updated(runs, hub):
+    assert runs["private-dog"].status == 0, runs["private-dog"]
+    files = hub.repositories["someone/private-dog"].files
+    lora = (runs["private-dog"].out / "pytorch_lora_weights.safetensors").read_bytes()
+    assert files["pytorch_lora_weights.safetensors"] == lora
+    assert loaded_lora(files["README.md"].decode()) == "someone/private-dog"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("wrong-token", "401"),
+        ("no-network", "Connection refused"),
+        ("full", "storage limit reached"),
+        ("no-space", "507"),
+        ("cut-off", ""),
+    ],
+)
+def test_an_upload_that_fails_is_one_line_with_a_command_to_push_later(runs, name, reason):
+    finished = runs[name]
+    assert finished.status == 1, finished
+    errors = [line for line in finished.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0] == finished.stderr.splitlines()[-1], finished.stderr
+    assert reason in errors[0] and "Traceback" not in finished.stderr
+    assert lora_tensors(finished.out) and (finished.out / "README.md").is_file()
+    command = shlex.split(push_command(errors[0]))
+    repository = {"no-network": "someone/unreachable", "wrong-token": "wrong-token"}.get(name, f"someone/{name}")
+    assert command[2] in (repository, repository.removeprefix("someone/"))
+    assert Path(command[3]) == finished.out
+    assert ("--private" in command) == (name == "full")
+
+
+def push_command(line):
+    """The command in an error's line."""
+    return re.search(r"hf upload .*", line).group()
+
+
+def test_the_command_to_push_later_uploads_the_same(runs, hub, monkeypatch):
+    line = runs["full"].stderr.splitlines()[-1]
+    command = shlex.split(push_command(line))
+    monkeypatch.setattr(hub, "failures", {})
+    run([Path(sys.executable).with_name("hf"), *command[1:]], client_environment(hub, runs["full"].base))
+    assert set(hub.repositories["someone/full"].files) == {
+        "pytorch_lora_weights.safetensors",
+        "README.md",
+        "comfyui/it's full.safetensors",
+    }
+
+
+def test_a_repository_name_that_the_hub_forbids_is_named_at_once(capsys):
+    for name in ("a/b/c", "someone/white space", "--x"):
+        with pytest.raises(SystemExit) as stop:
+            trainer.parse_args([*required_flags(), "--push_to_hub", f"--hub_model_id={name}"])
+        assert stop.value.code == 2
+        assert "--hub_model_id" in capsys.readouterr().err
+
+
+def test_the_token_appears_nowhere(runs, hub):
+    texts = [text.encode() for finished in runs.values() for text in (finished.stdout, finished.stderr)]
+    texts += [content for repository in hub.repositories.values() for content in repository.files.values()]
+    base = runs["pushed"].base
+    texts += [path.read_bytes() for path in base.rglob("*") if path.is_file() and path.name != "runs.json"]
+    assert len(texts) > 50
+    assert not any(token.encode() in text for text in texts for token in (TOKEN, WRONG_TOKEN))
+
+
+def test_a_token_on_the_command_line_is_kept_from_trackers_that_record_it(capsys):
+    for tracker in ("wandb", "tensorboard,wandb", "all"):
+        with pytest.raises(SystemExit) as stop:
+            trainer.parse_args([*required_flags(), f"--hub_token={TOKEN}", f"--report_to={tracker}"])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert "--hub_token" in line and "hf auth login" in line and TOKEN not in line
+
+
+# The card
+
+
+def required_flags(model="Tongyi-MAI/Z-Image", prompt="a photo of sks dog"):
+    return [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", f"--instance_prompt={prompt}"]
+
+
+def write_card(out, *flags, prompt="a photo of sks dog", pictures=0, model="Tongyi-MAI/Z-Image"):
+    """The text of the card of a run with these flags that drew so many pictures."""
+    args = trainer.parse_args([*required_flags(model, prompt), f"--output_dir={out}", *flags])
+    files = [out / "samples" / f"{number}.png" for number in range(pictures)]
+    trainer.write_model_card(args, files)
+    return (out / "README.md").read_text(encoding="utf-8")
+
+
+def front_matter(card):
+    """The card's data, read as the Hub reads it."""
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
+
+
+def code(card):
+    """The card's Python program."""
+    return re.search(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE).group(1)
+
+
+def loaded_lora(card):
+    """What the card's program gives to `load_lora_weights`."""
+    return next(
+        node.args[0].value
+        for node in ast.walk(ast.parse(code(card)))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "load_lora_weights"
+    )
+
+
+def flags_table(card):
+    """{flag: value} of the card's table, each row of which has two cells."""
+    rows = card.partition("| flag | value |\n|---|---|\n")[2].splitlines()
+    cells = [re.split(r"(?<!\\)\|", row) for row in rows if row]
+    assert all(len(row) == 4 and row[0] == row[3] == "" for row in cells), rows
+    return {flag.strip(" `").removeprefix("--"): value.strip(" `") for _, flag, value, _ in cells}
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_the_card_is_valid_for_any_prompt(prompt, tmp_path):
+    card = write_card(tmp_path, f"--validation_prompt={prompt}", prompt=prompt, pictures=4)
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.instance_prompt == front_matter(card)["instance_prompt"] == prompt
+    assert [entry["text"] for entry in front_matter(card)["widget"]] == [prompt] * 4
+    assert front_matter(card)["base_model"] == "Tongyi-MAI/Z-Image"
+    ast.parse(code(card))
+    assert {"instance_prompt", "validation_prompt", "rank"} <= set(flags_table(card))
+    assert card.count("\n---\n") == 1  # where the front matter ends
+    assert len(re.findall(r"^```", card, re.MULTILINE)) == 2
+
+
+def test_the_card_names_base_model_licence_library_and_trigger_words(tmp_path):
+    card = write_card(tmp_path)
+    data = front_matter(card)
+    assert data["base_model"] == "Tongyi-MAI/Z-Image"
+    assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
+    assert {"text-to-image", "lora", "z-image"} <= set(data["tags"])
+    assert "`a photo of sks dog`" in card and "ComfyUI" in card
+    assert "`blue|red sks`" in write_card(tmp_path, prompt="blue|red sks").partition("| flag |")[0]
+    assert "https://huggingface.co/Tongyi-MAI/Z-Image" in card
+
+
+def test_a_local_base_model_is_no_base_model_on_the_hub_and_no_link(tmp_path):
+    card = write_card(tmp_path, model=tmp_path)
+    assert "base_model" not in front_matter(card)
+    assert "https://huggingface.co//" not in card
+
+
+def test_the_gallery_shows_the_final_pictures_which_are_uploaded(runs, hub):
+    files = hub.repositories["someone/private-dog"].files
+    card = (runs["pushed"].out / "README.md").read_text(encoding="utf-8")
+    entries = front_matter(card)["widget"]
+    assert [entry["text"] for entry in entries] == [HOSTILE[1]] * 2
+    assert len({entry["output"]["url"] for entry in entries}) == 2
+    for entry in entries:
+        assert (runs["pushed"].out / entry["output"]["url"]).is_file() and entry["output"]["url"] in files
+        assert "000002" in entry["output"]["url"]
+
+
+def test_a_card_without_pictures_has_no_gallery(tmp_path):
+    card = write_card(tmp_path)
+    assert "widget" not in front_matter(card) and "<Gallery />" not in card
+
+
+def test_the_cards_table_has_the_flags_of_the_run_zeros_too_and_no_token(tmp_path):
+    flags = ["--guidance_scale=0", "--seed=0", f"--hub_token={TOKEN}", "--report_to=none", "--cache_latents"]
+    card = write_card(tmp_path, *flags)
+    table = flags_table(card)
+    assert table["guidance_scale"] == "0.0" and table["seed"] == "0" and table["cache_latents"] == "true"
+    assert "hub_token" not in table and TOKEN not in card
+    assert "do_fp8_training" not in table and "max_train_steps" not in table
+
+
+def test_the_cards_program_loads_the_uploaded_lora(tmp_path, runs):
+    assert loaded_lora(write_card(tmp_path, "--hub_model_id=someone/dog")) == "someone/dog"
+    assert loaded_lora((runs["pushed"].out / "README.md").read_text(encoding="utf-8")) == "someone/private-dog"
+
+
+# Trackers
+
+
+def test_a_tracker_that_is_not_installed_ends_with_the_pip_line(runs):
+    finished, name = runs["tracker that is missing"], missing_tracker()
+    assert finished.status == 2 and not finished.out.exists()
+    assert re.fullmatch(rf".*error: --report_to {name} .*pip install {name}.*\n", finished.stderr)
+
+
+@pytest.mark.parametrize("name", LOGGER_TYPE_TO_CLASS)
+def test_every_tracker_of_accelerates_is_taken_or_asked_for(name):
+    try:
+        assert trainer.list_trackers(name) == [name]
+    except trainer.UserError as error:
+        assert f"pip install {name}" in str(error)
+
+
+def test_an_unknown_tracker_is_named_with_those_that_there_are():
+    with pytest.raises(trainer.UserError, match="--report_to nothing is unknown: choose from .*wandb"):
+        trainer.list_trackers("tensorboard,nothing")
+    assert trainer.list_trackers("none") is None
+    assert trainer.list_trackers("tensorboard, wandb") == ["tensorboard", "wandb"]
+
+
+def test_wandb_offline_gets_the_metrics_and_the_pictures(runs):
+    assert runs["with wandb"].status == 0, runs["with wandb"]
+    (folder,) = runs["with wandb"].base.glob("wandb/offline-run-*")
+    record = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
+    for metric in (b"loss", b"lr", b"grad_norm", b"epoch"):
+        assert bytes([0x12, len(metric)]) + metric in record  # as the key of a protobuf history item
+    pictures = [path for path in folder.rglob("*.png") if "validation" in path.as_posix()]
+    assert len(pictures) == 2  # before the first step and at the end
+
+
+def test_tensorboard_gets_the_metrics_of_every_step(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for folder in {file.parent for file in runs["pushed"].out.rglob("events.out.tfevents.*")}:
+        accumulator = EventAccumulator(str(folder))
+        accumulator.Reload()
+        scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    for name in ("loss", "lr", "grad_norm", "epoch"):
+        assert [event.step for event in scalars[name]] == [1, 2]
+
+
+# The file for ComfyUI
+
+
+def test_the_comfyui_file_has_the_effect_of_the_diffusers_file_with_alpha_apart_from_rank(runs, tiny_model):
+    from diffusers import ZImagePipeline
+
+    out = runs["pushed"].out
+    generator = torch.Generator().manual_seed(0)
+    latents, sigmas = torch.randn(1, 16, 8, 8, generator=generator), torch.tensor([0.5])
+    prompt_embeds = [torch.randn(20, 32, generator=generator)]
+    velocities = []
+    for lora in (None, out, out / "comfyui" / "pushed.safetensors"):
+        pipeline = ZImagePipeline.from_pretrained(tiny_model, text_encoder=None, tokenizer=None, vae=None)
+        if lora:
+            pipeline.load_lora_weights(lora)
+        with torch.no_grad():
+            velocity = trainer.predict_velocity(pipeline.transformer, latents, sigmas, prompt_embeds, torch.float32)
+        velocities.append(velocity)
+    torch.testing.assert_close(velocities[2], velocities[1], rtol=1e-4, atol=1e-5)
+    assert (velocities[1] - velocities[0]).abs().max() > 1e-3
+
+
+def test_the_comfyui_file_follows_its_formula(runs, tiny_model):
+    """ComfyUI adds alpha / rank * up @ down to the layer that the key names."""
+    from diffusers import ZImagePipeline
+
+    out = runs["pushed"].out
+    comfyui = lora_tensors(out / "comfyui" / "pushed.safetensors")
+    pipeline = ZImagePipeline.from_pretrained(tiny_model, text_encoder=None, tokenizer=None, vae=None)
+    before = {name: weight.clone() for name, weight in pipeline.transformer.state_dict().items()}
+    pipeline.load_lora_weights(out)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    after = pipeline.transformer.state_dict()
+    layers = [key.removesuffix(".alpha") for key in comfyui if key.endswith(".alpha")]
+    assert len(layers) * 3 == len(comfyui) and len(layers) > 10
+    for layer in layers:
+        down, up, alpha = (comfyui[f"{layer}.{part}"] for part in ("lora_A.weight", "lora_B.weight", "alpha"))
+        assert alpha == 16 and len(down) == 8
+        name = layer.removeprefix("diffusion_model.") + ".weight"
+        torch.testing.assert_close(after[name] - before[name], alpha / len(down) * up @ down, rtol=1e-3, atol=1e-6)

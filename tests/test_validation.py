@@ -1,0 +1,505 @@
+"""Validation shows what is being learned, and changes nothing of it.
+
+The runs are of a few steps in this process; several tests look at the same ones. Pictures are compared with those that
+`ZImagePipeline` itself draws from the same noise.
+"""
+
+import pickle
+import random
+import re
+import statistics
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from PIL import Image, ImageDraw, ImageFont
+from transformers import Qwen3Model
+
+import train_dreambooth_lora_z_image as trainer
+from tiny import build_tiny_pipeline, lora_tensors, train_args
+
+
+SIDE = 64
+DOG, DOG_IN_BUCKET = "a photo of sks dog", "一只sks狗在桶里的照片"
+TRAINING = {
+    "max_train_steps": 6,  # two epochs
+    "train_batch_size": 2,
+    "learning_rate": 0.01,
+    "lora_dropout": 0.1,  # draws from torch's global random state
+    "cache_latents": True,
+}
+DRAWING = {
+    "validation_epochs": 1,
+    "validation_num_inference_steps": 2,
+    "num_validation_images": 2,
+    "skip_final_inference": None,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models are faster so, and exact comparisons do not depend on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(*args, prompts=(), **flags):
+    """A run in this process, as if it were the first one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.main(
+        trainer.parse_args([*train_args(*args, **flags), *(f"--validation_prompt={prompt}" for prompt in prompts)])
+    )
+
+
+def sample(out, step, prompt=0, number=0):
+    """The pixels of a validation picture."""
+    return pixels(out / "samples" / f"step-{step:06d}-prompt-{prompt}-image-{number}.png")
+
+
+def pixels(file):
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def cells(sheet):
+    """A sheet's pictures, as rows of columns: they fill it from the lower right corner."""
+    sheet = pixels(sheet)
+    rows, columns = sheet.shape[0] // SIDE, sheet.shape[1] // SIDE
+    lower = sheet[-rows * SIDE :, -columns * SIDE :]
+    return lower.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2)
+
+
+def draw_with_pipeline(model, prompt, number=0, lora=None, guidance_scale=5.0, **components):
+    """What `ZImagePipeline` draws from the noise of validation picture `number`."""
+    pipeline = ZImagePipeline.from_pretrained(model, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    noise = torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=trainer.seeded_generator(0, "validation", number))
+    picture = pipeline(
+        prompt,
+        negative_prompt="",
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=2,
+        guidance_scale=guidance_scale,
+        latents=noise,
+    ).images[0]
+    return np.asarray(picture)
+
+
+def assert_same_picture(picture, expected):
+    """Equal up to the rounding of a pixel's value."""
+    assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
+
+
+def assert_same_weights(out, other):
+    first, second = lora_tensors(out), lora_tensors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def events(out):
+    """The tensorboard logs of a run: scalars and pictures by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = SimpleNamespace(scalars={}, images={})
+    for folder in {file.parent for file in out.rglob("events.out.tfevents.*")}:
+        accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+        accumulator.Reload()
+        found.scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+        found.images |= {tag: accumulator.Images(tag) for tag in accumulator.Tags()["images"]}
+    return found
+
+
+def random_states():
+    """torch's, Python's and numpy's global random states, comparable."""
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))
+
+
+@pytest.fixture(scope="module")
+def held_out(shared_photos, tmp_path_factory):
+    """Two pictures that are not trained on, one with a caption of its own."""
+    folder = tmp_path_factory.mktemp("held-out")
+    for name in ("coffee.jpg", "rocket_tall.jpg"):
+        (folder / name).write_bytes((shared_photos / name).read_bytes())
+    (folder / "coffee.txt").write_text("a cup of sks coffee", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, shared_photos, tmp_path_factory):
+    """The output of a run that does not validate."""
+    out = tmp_path_factory.mktemp("plain")
+    train(tiny_model, shared_photos, out, **TRAINING)
+    return out
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_model, shared_photos, held_out, tmp_path_factory):
+    """The same run with everything that validation has; its output, and what was watched on the way.
+
+    loads: how often each model was loaded; untouched: {step: whether the random states were left alone}; validation:
+    the object, with the model as the run left it.
+    """
+    out, prompts = tmp_path_factory.mktemp("validated"), tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text(f"{DOG_IN_BUCKET}\n\na cat\n", encoding="utf-8")
+    watched = SimpleNamespace(out=out, loads=Counter(), untouched={}, validation=None)
+    validate = trainer.Validation.__call__
+
+    def watch(validation, step, final=False):
+        before = random_states()
+        files = validate(validation, step, final)
+        watched.untouched[step] = random_states() == before
+        watched.validation = validation
+        return files
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Validation, "__call__", watch)
+        for model in (Qwen3Model, ZImageTransformer2DModel):
+
+            def load(*args, model=model, load=model.from_pretrained, **kwargs):
+                watched.loads[model.__name__] += 1
+                return load(*args, **kwargs)
+
+            patch.setattr(model, "from_pretrained", load)
+        train(
+            tiny_model,
+            shared_photos,
+            out,
+            **TRAINING,
+            **DRAWING,
+            validation_data_dir=held_out,
+            report_to="tensorboard",
+            prompts=[DOG, prompts],
+        )
+    return watched
+
+
+# Validation changes nothing
+
+
+def test_final_weights_are_bit_identical_with_and_without_validation(plain, validated):
+    assert_same_weights(plain, validated.out)
+
+
+def test_validation_leaves_the_random_states_of_torch_python_and_numpy_alone(validated):
+    assert validated.untouched == {0: True, 3: True, 6: True}
+
+
+def test_validation_loads_no_second_text_encoder_and_no_second_transformer(validated):
+    assert validated.loads == {"Qwen3Model": 1, "ZImageTransformer2DModel": 1}
+
+
+def test_drawing_leaves_the_noise_levels_that_training_draws_from_alone(validated, tiny_model):
+    fresh = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_model, subfolder="scheduler")
+    assert torch.equal(validated.validation.run.model.scheduler.sigmas, fresh.sigmas)
+
+
+# Pictures
+
+
+def test_every_validation_draws_every_prompt_the_untrained_model_first(validated):
+    names = {file.name for file in (validated.out / "samples").glob("step-*.png")}
+    assert names == {
+        f"step-{step:06d}-prompt-{prompt}-image-{number}.png"
+        for step in (0, 3, 6)
+        for prompt in range(3)
+        for number in range(2)
+    }
+
+
+def test_pictures_of_step_0_are_those_of_the_pipeline_without_a_lora(validated, tiny_model):
+    for prompt, text in enumerate((DOG, DOG_IN_BUCKET, "a cat")):
+        assert_same_picture(sample(validated.out, 0, prompt, 1), draw_with_pipeline(tiny_model, text, 1))
+
+
+def test_final_pictures_are_those_of_the_pipeline_with_the_saved_lora(validated, tiny_model):
+    expected = draw_with_pipeline(tiny_model, DOG_IN_BUCKET, lora=validated.out)
+    assert_same_picture(sample(validated.out, 6, prompt=1), expected)
+    assert np.abs(expected.astype(int) - sample(validated.out, 0, prompt=1)).mean() > 1
+
+
+@pytest.fixture(scope="module")
+def still(tiny_model, shared_photos, tmp_path_factory):
+    """The output of a run that learns next to nothing, and draws without guidance."""
+    out = tmp_path_factory.mktemp("still")
+    flags = {"max_train_steps": 1, "learning_rate": 1e-12, "guidance_scale": 0, **DRAWING}
+    train(tiny_model, shared_photos, out, **flags, prompts=[DOG])
+    return out
+
+
+def test_a_model_that_did_not_change_draws_the_same_pictures_again(still):
+    for number in range(2):
+        assert np.array_equal(sample(still, 0, number=number), sample(still, 1, number=number))
+    assert not np.array_equal(sample(still, 0, number=0), sample(still, 0, number=1))
+
+
+def test_guidance_changes_the_pictures_and_zero_is_none(still, validated, tiny_model):
+    assert_same_picture(sample(still, 0), draw_with_pipeline(tiny_model, DOG, guidance_scale=0.0))
+    assert np.abs(sample(still, 0).astype(int) - sample(validated.out, 0)).max() > 1
+
+
+def test_a_sheet_of_each_validation_has_prompts_across_and_pictures_down(validated):
+    for step in (0, 3, 6):
+        sheet = cells(validated.out / "samples" / f"sheet-{step:06d}.png")
+        assert sheet.shape[:2] == (2, 3)
+        for number, prompt in np.ndindex(2, 3):
+            assert np.array_equal(sheet[number, prompt], sample(validated.out, step, prompt, number))
+
+
+def test_the_contact_sheet_has_prompts_across_and_steps_down(validated):
+    sheet = cells(validated.out / "samples" / "contact-sheet.png")
+    assert sheet.shape[:2] == (3, 3)
+    for row, step in enumerate((0, 3, 6)):
+        for prompt in range(3):
+            assert np.array_equal(sheet[row, prompt], sample(validated.out, step, prompt))
+
+
+def test_a_resumed_run_extends_the_contact_sheet(tiny_model, shared_photos, validated, tmp_path):
+    flags = {**TRAINING, **DRAWING, "num_validation_images": 1, "prompts": [DOG, "a cat"]}
+    train(tiny_model, shared_photos, tmp_path, **flags | {"max_train_steps": 3, "checkpointing_steps": 3})
+    assert len(cells(tmp_path / "samples" / "contact-sheet.png")) == 2
+    train(tiny_model, shared_photos, tmp_path, **flags, resume_from_checkpoint="latest")
+    sheet = cells(tmp_path / "samples" / "contact-sheet.png")
+    assert np.array_equal(sheet[:2], cells(validated.out / "samples" / "contact-sheet.png")[:2, [0, 2]])
+    assert np.array_equal(sheet[2:], [[sample(tmp_path, 6, prompt) for prompt in range(2)]])
+
+
+def test_pictures_of_a_run_that_left_no_checkpoint_do_not_enter_the_next_runs_sheet(
+    tiny_model, shared_photos, tmp_path
+):
+    earlier = tmp_path / "samples" / "step-000005-prompt-0-image-0.png"
+    earlier.parent.mkdir()
+    Image.new("RGB", (SIDE, SIDE), "red").save(earlier)
+    train(tiny_model, shared_photos, tmp_path, **DRAWING, prompts=[DOG])
+    assert len(cells(tmp_path / "samples" / "contact-sheet.png")) == 2
+
+
+def test_final_validation_prompt_replaces_the_prompts_of_the_final_pictures_alone(tiny_model, shared_photos, tmp_path):
+    flags = DRAWING | {"num_validation_images": 1, "max_train_steps": 1, "final_validation_prompt": DOG_IN_BUCKET}
+    train(tiny_model, shared_photos, tmp_path, **flags, prompts=[DOG, "a cat"])
+    final = cells(tmp_path / "samples" / "sheet-000001.png")
+    assert final.shape[:2] == (1, 1)
+    assert_same_picture(final[0, 0], draw_with_pipeline(tiny_model, DOG_IN_BUCKET, lora=tmp_path))
+    contact = cells(tmp_path / "samples" / "contact-sheet.png")  # its columns are still the two prompts
+    assert contact.shape[:2] == (1, 2)
+    assert np.array_equal(contact[0], [sample(tmp_path, 0, prompt) for prompt in range(2)])
+
+
+def test_skip_final_inference_draws_no_pictures_after_training(tiny_model, shared_photos, tmp_path):
+    train(tiny_model, shared_photos, tmp_path, **DRAWING | {"skip_final_inference": True}, prompts=[DOG])
+    assert {file.name[:11] for file in (tmp_path / "samples").glob("step-*")} == {"step-000000"}
+
+
+def test_tensorboard_gets_the_pictures_of_every_validation(validated):
+    images = events(validated.out).images
+    assert set(images) == {f"validation/0: {DOG}", f"validation/1: {DOG_IN_BUCKET}", "validation/2: a cat"}
+    for prompt, tag in enumerate(sorted(images)):
+        assert [event.step for event in images[tag]] == [0, 3, 6]
+        for event in images[tag]:
+            picture = np.asarray(Image.open(trainer.io.BytesIO(event.encoded_image_string)))
+            pair = [sample(validated.out, event.step, prompt, number) for number in range(2)]
+            assert np.array_equal(picture, np.hstack(pair))
+
+
+# Prompts and captions
+
+
+def prompts_of(*flags):
+    """The prompts that a command line means."""
+    required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
+    return trainer.validation_prompts(trainer.parse_args([*required, *flags]))
+
+
+def test_prompts_come_from_the_command_line_and_from_text_files_in_their_order(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff一只狗\r\n\r\nune forêt\r\n".encode())
+    flags = [f"--validation_prompt={prompt}" for prompt in ("first", file, "last")]
+    assert prompts_of(*flags) == ["first", "一只狗", "une forêt", "last"]
+
+
+def test_a_prompt_file_that_is_not_utf_8_is_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("一只狗".encode("gbk"))
+    with pytest.raises(trainer.UserError, match=re.escape(str(file))):
+        prompts_of(f"--validation_prompt={file}")
+
+
+@pytest.mark.parametrize("prompt", ["一只狗" * 80, "a dog " * 200, "a/" * 100 + "b", "nul \0"])
+def test_a_prompt_that_no_file_could_be_named_is_a_prompt(prompt):
+    assert prompts_of(f"--validation_prompt={prompt}") == [prompt]
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "two\nlines", "tab\there", "🐶", "word" * 100, "a photo of a dog " * 30])
+def test_any_prompt_can_caption_a_sheet(prompt, tmp_path):
+    picture = Image.new("RGB", (SIDE, SIDE), "red")
+    trainer.save_sheet([[picture, picture]], ["step 0"], [prompt, "a cat"], tmp_path / "sheet.png")
+    assert (cells(tmp_path / "sheet.png") == (255, 0, 0)).all()
+
+
+def test_a_caption_that_is_cut_says_so(tmp_path, monkeypatch):
+    drawn, draw_text = [], ImageDraw.ImageDraw.text
+
+    def note(draw, position, text, *args):
+        drawn.append(text)
+        draw_text(draw, position, text, *args)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    picture = Image.new("RGB", (256, 256), "red")
+    trainer.save_sheet([[picture] * 2], ["step 0"], ["a dog " * 100, "a dog in the snow"], tmp_path / "sheet.png")
+    *cut, whole, row = drawn
+    assert len(cut) == 4 and cut[-1].endswith("...")
+    assert (whole, row) == ("a dog in the snow", "step 0")
+
+
+def test_without_a_font_for_the_script_captions_are_numbers_and_a_text_beside(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "caption_font", lambda size, text: None)
+    picture = Image.new("RGB", (SIDE, SIDE), "red")
+    trainer.save_sheet([[picture] * 2], ["step 0"], [DOG_IN_BUCKET, "a cat"], tmp_path / "sheet.png")
+    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == f"{DOG_IN_BUCKET}\na cat\n"
+    assert cells(tmp_path / "sheet.png").shape[:2] == (1, 2)
+
+
+def test_a_font_of_the_users_is_found_for_chinese_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".fonts").mkdir()
+    (tmp_path / ".fonts" / "SomeCJK-Regular.ttf").write_bytes(ImageFont.load_default(12).font_bytes)
+    assert trainer.caption_font(12, DOG_IN_BUCKET).size == 12
+
+
+# Held-out loss
+
+
+def test_held_out_loss_is_logged_with_the_base_models_and_by_bands(validated):
+    scalars = events(validated.out).scalars
+    names = [f"held_out_loss{base}{band}" for base in ("", "_base") for band in ("", "_low", "_middle", "_high")]
+    for name in names:
+        assert [event.step for event in scalars[name]] == [0, 3, 6]
+    for base in ("held_out_loss", "held_out_loss_base"):
+        for step in range(3):
+            bands = [scalars[f"{base}_{band}"][step].value for band in ("low", "middle", "high")]
+            assert scalars[base][step].value == pytest.approx(statistics.fmean(bands), rel=1e-5)
+
+
+def test_at_step_0_the_held_out_loss_is_the_base_models_and_then_it_moves_alone(validated):
+    scalars = events(validated.out).scalars
+    losses = [event.value for event in scalars["held_out_loss"]]
+    base = [event.value for event in scalars["held_out_loss_base"]]
+    assert losses[0] == base[0] == base[1] == base[2]
+    assert len(set(losses)) == 3
+
+
+def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_sampling(validated):
+    """Over seeds: the loss less the base model's, on the same noise at even levels; and two means of free samples."""
+    transformer, dataset = validated.validation.transformer, validated.validation.dataset
+
+    def gain(run):
+        loss = trainer.held_out_loss(transformer, dataset, run)[""]
+        transformer.disable_adapters()
+        base = trainer.held_out_loss(transformer, dataset, run)[""]
+        transformer.enable_adapters()
+        return loss - base
+
+    def plain_mean(run):
+        generator, losses = trainer.seeded_generator("plain", run.seed), []
+        for _ in range(2 * trainer.HELD_OUT_LEVELS):
+            picture, level = (torch.randint(number, (), generator=generator).item() for number in (2, 1000))
+            latents = dataset.latents["held-out", picture, False]
+            batch = {
+                "latents": latents[None],
+                "noise": torch.randn(latents[None].shape, generator=generator),
+                "sigmas": dataset.sigmas[level][None],
+                "weights": torch.ones(1),
+                "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][picture].caption]],
+            }
+            losses.append(trainer.training_loss(transformer, None, batch, "none", run).item())
+        return statistics.fmean(losses)
+
+    transformer.eval()
+    with torch.no_grad():
+        runs = [replace(validated.validation.run, seed=seed) for seed in range(6)]
+        assert gain(runs[0]) == gain(runs[0])
+        gains, means = [gain(run) for run in runs], [plain_mean(run) for run in runs]
+    of_two_means = 2**0.5 * statistics.stdev(means)  # the standard deviation of their difference
+    assert statistics.stdev(gains) < of_two_means / 2
+
+
+def test_save_best_keeps_the_lora_of_the_lowest_held_out_loss(
+    tiny_model, shared_photos, held_out, tmp_path, monkeypatch, capsys
+):
+    losses = iter([1.0, 1.0, 0.5, 0.7])  # of the base model, and of steps 0, 3 and 6
+    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: dict.fromkeys(["", "_low"], next(losses)))
+    flags = {"validation_data_dir": held_out, "validation_epochs": 1, "save_best": True, "checkpointing_steps": 3}
+    train(tiny_model, shared_photos, tmp_path, **TRAINING, **flags)
+    assert_same_weights(tmp_path / "best", tmp_path / "checkpoint-3")
+    assert "1.0000 before, 0.7000 after; the lowest, 0.5000, at step 3" in capsys.readouterr().out
+
+
+def test_a_run_may_go_on_without_its_held_out_pictures(tiny_model, shared_photos, held_out, tmp_path, capsys):
+    flags = {"checkpointing_steps": 1, "max_train_steps": 1}
+    train(tiny_model, shared_photos, tmp_path, **flags, validation_data_dir=held_out)
+    train(tiny_model, shared_photos, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+    assert capsys.readouterr().out.count("The LoRA is in") == 2
+
+
+# Another model, and an adapter for training alone
+
+
+def test_validation_model_path_draws_with_that_model_and_its_scheduler_wearing_the_lora(
+    tiny_model, shared_photos, plain, tmp_path
+):
+    other = build_tiny_pipeline(tmp_path / "turbo", seed=1, shift=3.0)
+    out = tmp_path / "out"
+    flags = {**TRAINING, **DRAWING, "num_validation_images": 1, "guidance_scale": 0, "validation_model_path": other}
+    train(tiny_model, shared_photos, out, **flags, prompts=[DOG])
+    assert_same_weights(out, plain)
+    components = ZImagePipeline.from_pretrained(tiny_model, transformer=None).components
+    encoders = {name: components[name] for name in ("text_encoder", "tokenizer", "vae")}
+    for step, lora in ((0, None), (6, out)):
+        expected = draw_with_pipeline(other, DOG, lora=lora, guidance_scale=0.0, **encoders)
+        assert_same_picture(sample(out, step), expected)
+
+
+def test_a_validation_model_that_does_not_exist_is_named_before_training(tiny_model, shared_photos, tmp_path):
+    with pytest.raises(trainer.UserError, match=f"--validation_model_path {re.escape(str(tmp_path))}"):
+        train(tiny_model, shared_photos, tmp_path / "out", validation_model_path=tmp_path, dry_run=True)
+
+
+@pytest.fixture(scope="module")
+def with_base_adapter(tiny_model, shared_photos, held_out, validated, tmp_path_factory):
+    """The output of a run whose base wears the LoRA of another run while it trains."""
+    out = tmp_path_factory.mktemp("with-base-adapter")
+    flags = {**TRAINING, **DRAWING, "lora_dropout": None, "base_adapter": f"{validated.out}:0.5"}
+    flags |= {"validation_data_dir": held_out, "report_to": "tensorboard", "num_validation_images": 1}
+    train(tiny_model, shared_photos, out, **flags, prompts=[DOG])
+    return out
+
+
+def test_base_adapter_changes_what_is_learned_by_its_weight(
+    with_base_adapter, validated, tiny_model, shared_photos, tmp_path
+):
+    flags = TRAINING | {"lora_dropout": None}
+    train(tiny_model, shared_photos, tmp_path / "weight 0", **flags, base_adapter=f"{validated.out}:0")
+    train(tiny_model, shared_photos, tmp_path / "without", **flags)
+    assert_same_weights(tmp_path / "weight 0", tmp_path / "without")
+    learned, unaided = lora_tensors(with_base_adapter), lora_tensors(tmp_path / "without")
+    assert all(not torch.equal(learned[name], unaided[name]) for name in unaided)
+
+
+def test_base_adapter_is_absent_from_the_saved_file(with_base_adapter, plain):
+    assert lora_tensors(with_base_adapter).keys() == lora_tensors(plain).keys()
+
+
+def test_base_adapter_is_absent_from_pictures_and_held_out_loss(with_base_adapter, validated, tiny_model):
+    assert np.array_equal(sample(with_base_adapter, 0), sample(validated.out, 0))
+    expected = draw_with_pipeline(tiny_model, DOG, lora=with_base_adapter)
+    assert_same_picture(sample(with_base_adapter, 6), expected)
+    losses = [events(out).scalars["held_out_loss"][0].value for out in (with_base_adapter, validated.out)]
+    assert losses[0] == losses[1]
