@@ -81,6 +81,8 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
     offload_models,
 )
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
@@ -341,8 +343,20 @@ def parse_args(argv=None):
         parser.error("--do_fp8_training and --bnb_quantization_config_path exclude each other: choose one")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.save_best and not args.validation_data_dir:
+        parser.error("--save_best needs --validation_data_dir, whose loss says which step is the best")
     if args.adam_beta1 == 1 or args.adam_beta2 == 1:
         parser.error("--adam_beta1 and --adam_beta2 must be below 1")
+    if args.hub_token and not {name.strip() for name in args.report_to.split(",")} <= {"none", "tensorboard"}:
+        parser.error("--hub_token: other trackers than tensorboard record the command line; use hf auth login instead")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(hub_repository(args))
+        except HFValidationError:
+            parser.error(
+                f"--hub_model_id: {hub_repository(args)!r} (default: the name of --output_dir) is no name for a "
+                "repository: give OWNER/NAME of letters, digits, -, _ and ."
+            )
     try:
         args.aspect_ratio_buckets and parse_buckets(args.aspect_ratio_buckets)
     except UserError as error:
@@ -660,7 +674,9 @@ def load_all_examples(args):
     if args.with_prior_preservation:
         examples["class"] = load_class_examples(args)
     if args.validation_data_dir:
-        examples["held-out"] = load_examples(args.validation_data_dir, "--validation_data_dir", args.instance_prompt)
+        column = args.caption_column if Path(args.validation_data_dir, "metadata.jsonl").is_file() else None
+        folder = args.validation_data_dir
+        examples["held-out"] = load_examples(folder, "--validation_data_dir", args.instance_prompt, column)
     return examples
 
 
@@ -680,10 +696,14 @@ def verify_pictures(examples):
             image.load()
 
 
+def digest_number(*parts):
+    """A seed of 63 bits that is a function of `parts` alone."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
 def seeded_generator(*parts):
     """A CPU generator whose state is a function of `parts` alone."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(digest_number(*parts))
 
 
 class Sample(NamedTuple):
@@ -1123,9 +1143,8 @@ def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
     The noise is drawn on the CPU, so that it is the same on every device; the VAE decodes in its own precision.
     """
     args = run.args
-    pipeline = ZImagePipeline(
-        run.model.scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.model.scheduler.config)  # the pipeline changes it
+    pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
     pipeline.vae_scale_factor = run.model.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
@@ -1418,7 +1437,7 @@ def lora_metadata(transformer):
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
+        "lora_dropout": 0.0,  # of training alone: diffusers would go on dropping when it draws
         "target_modules": sorted(config.target_modules),
     }
 
@@ -1809,7 +1828,7 @@ def validation_prompts(args, final=False):
         return [args.final_validation_prompt]
     prompts = []
     for prompt in args.validation_prompt or []:
-        is_file = len(prompt) < 256 and Path(prompt).is_file()
+        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
         prompts += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
     return prompts
 
@@ -1831,21 +1850,33 @@ def borrowed(transformer):
         transformer.train()
 
 
+def validation_model(run):
+    """The model that draws: the one in training, or `--validation_model_path` with its scheduler. Raises UserError."""
+    path = run.args.validation_model_path
+    if path is None:
+        return run.model
+    other = dataclasses.replace(run.model, path=path, hub_kwargs={"cache_dir": run.args.cache_dir})
+    try:
+        return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
+    except UserError as error:
+        raise UserError(f"--validation_model_path {error}") from None
+
+
 @contextlib.contextmanager
-def drawing_transformer(transformer, run):
-    """The transformer that draws: the one in training, or `--validation_model_path`'s wearing the same LoRA.
+def drawing_transformer(transformer, model, run):
+    """The transformer that draws: the one in training, or that of another `model` wearing the same LoRA.
 
     The two are on the device by turns.
     """
-    if run.args.validation_model_path is None:
+    if model is run.model:
         with borrowed(transformer):
             yield transformer
         return
     device = run.accelerator.device
     transformer.to("cpu")
-    other = dataclasses.replace(run.model, path=run.args.validation_model_path, hub_kwargs={})
-    drawing = other.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype).to(device)
-    drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
+    drawing = model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
+    with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
+        drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
     drawing.to(device).eval()
     with torch.no_grad():
@@ -1862,11 +1893,12 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
     Picture i of a prompt has the same noise at every validation. Gives the pictures' files, on the main process.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
-    vae, drawn = load_vae(run), []
-    with drawing_transformer(transformer, run) as drawing:
+    vae, drawn, model = load_vae(run), [], validation_model(run)
+    with drawing_transformer(transformer, model, run) as drawing:
         for prompt, number in jobs if run.sharded else run.share(jobs):
             generator = seeded_generator(run.seed, "validation", number)
-            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, run)[0]
+            drawing_run = dataclasses.replace(run, model=model)
+            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
             drawn.append(((prompt, number), image))
     del vae
     free_memory()
@@ -1875,21 +1907,16 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
         return []
     folder = Path(run.args.output_dir, "samples")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {job: folder / f"step-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in jobs}
+    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
+    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in jobs}
     for job, file in files.items():
         images[job].save(file)
     rows = [
         [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
     ]
     save_sheet(rows, [f"#{number}" for number in range(len(rows))], prompts, folder / f"sheet-{step:06d}.png")
-    steps = sorted({int(path.name[5:11]) for path in folder.glob("step-*-prompt-0-image-0.png")})
-    firsts = {
-        step: [folder / f"step-{step:06d}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
-        for step in steps
-    }
-    rows = [[Image.open(file) for file in files] for files in firsts.values() if all(file.is_file() for file in files)]
-    labels = [f"step {step}" for step, files in firsts.items() if all(file.is_file() for file in files)]
-    save_sheet(rows, labels, prompts, folder / "contact-sheet.png")
+    if kind == "step":
+        save_contact_sheet(folder, prompts)
     for prompt, text in enumerate(prompts):
         pixels = torch.stack(
             [picture_tensor(images[prompt, number]) for number in range(run.args.num_validation_images)]
@@ -1899,6 +1926,18 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"validation/{prompt}: {text[:60]}": pixels.numpy()}, step=step, **layout)
     return list(files.values())
+
+
+def save_contact_sheet(folder, prompts):
+    """Save the first picture of every prompt at every validation so far: steps down, prompts across."""
+    steps = sorted({path.name[5:11] for path in folder.glob("step-*-prompt-0-image-0.png")})
+    rows = {
+        f"step {int(step)}": [folder / f"step-{step}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
+        for step in steps
+    }
+    rows = {label: files for label, files in rows.items() if all(file.is_file() for file in files)}
+    images = [[Image.open(file) for file in files] for files in rows.values()]
+    save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
 
 
 def save_sheet(rows, row_labels, column_labels, path):
@@ -1911,9 +1950,10 @@ def save_sheet(rows, row_labels, column_labels, path):
         column_labels = [f"prompt {number} (see prompts.txt)" for number in range(len(column_labels))]
         font = ImageFont.load_default(size)
     margin, line = 5 * font.size, round(1.3 * font.size)
-    lines = [
-        textwrap.wrap(label, max(8, int(side / font.getlength(label) * len(label))))[:4] for label in column_labels
-    ]
+    lines = []
+    for label in (" ".join(label.split()) or "(empty)" for label in column_labels):
+        width = max(8, int(side / font.getlength(label) * len(label)))
+        lines.append(textwrap.wrap(label, width, max_lines=4, placeholder="..."))
     top = line * max(map(len, lines)) + line // 2
     sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -2005,11 +2045,16 @@ class Validation:
 
     def summary(self):
         """What was learned, in numbers, as a line; nothing without held-out pictures."""
-        if not self.history:
+        if self.base is None:
             return ""
         best, step = min(self.history)
         last = self.history[-1][0]
         return f"Held-out loss: {self.base['']:.4f} before, {last:.4f} after; the lowest, {best:.4f}, at step {step}."
+
+
+def inline_code(text):
+    """Markdown that shows a text as code, on one line."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def write_model_card(args, files):
@@ -2017,11 +2062,12 @@ def write_model_card(args, files):
     from huggingface_hub import ModelCard, ModelCardData
 
     prompts = validation_prompts(args, final=True)
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
     pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
-        base_model=args.pretrained_model_name_or_path,
+        base_model=base if on_hub else None,  # the Hub refuses a card whose base model is a folder
         instance_prompt=args.instance_prompt,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=[
@@ -2030,20 +2076,24 @@ def write_model_card(args, files):
         ]
         or None,
     )
-    flags = {name: value for name, value in loggable(args).items() if value not in ("None", False)}
-    rows = [f"| `--{name}` | `{json.dumps(value, ensure_ascii=False)}` |" for name, value in sorted(flags.items())]
+    cells = {
+        name: inline_code(json.dumps(value, ensure_ascii=False))
+        for name, value in loggable(args).items()
+        if value != "None" and value is not False
+    }
+    rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
     body = f"""# {Path(args.output_dir).name}
 
-<Gallery />
+{"<Gallery />" if files else ""}
 
-A LoRA for [{args.pretrained_model_name_or_path}](https://huggingface.co/{args.pretrained_model_name_or_path}), trained
-with DreamBooth. Trigger words: `{args.instance_prompt}`
+A LoRA for {f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)}, trained with DreamBooth.
+Trigger words: {inline_code(args.instance_prompt)}
 
 ```python
 import torch
 from diffusers import ZImagePipeline
 
-pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}, torch_dtype=torch.bfloat16).to("cuda")
+pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
 image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
@@ -2057,21 +2107,36 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras`.
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
 
 
-def push_to_hub(args):
-    """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else."""
+def hub_repository(args):
+    """The repository's name on the Hub, with or without its owner."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def push_to_hub(args, files):
+    """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=args.hub_token)
-    repository = api.create_repo(
-        args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private or None, exist_ok=True
-    )
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=args.output_dir,
-        commit_message="LoRA for Z-Image",
-        allow_patterns=[LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*.png"],
-    )
-    return repository
+    api, patterns = HfApi(token=args.hub_token), [LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*"]
+    try:
+        repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
+        write_model_card(argparse.Namespace(**{**vars(args), "hub_model_id": repository}), files)  # the owner is known
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            commit_message="LoRA for Z-Image",
+            allow_patterns=patterns,
+        )
+    except Exception as error:  # the client raises its own, those of the network and of the Hub
+        cause = (
+            error.__cause__ if isinstance(error, RuntimeError) else None
+        ) or error  # uploading threads wrap theirs
+        reason = " ".join(str(cause).split())
+        included = [word for pattern in patterns for word in ("--include", pattern)]
+        private = ["--private"] if args.hub_private else []
+        command = shlex.join(["hf", "upload", hub_repository(args), args.output_dir, ".", *included, *private])
+        raise TrainingError(
+            f"--push_to_hub: {reason}. The LoRA is in {args.output_dir}; to upload it later: {command}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2089,10 +2154,11 @@ def start(args):
     precision = args.mixed_precision
     if args.do_fp8_training and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
+    trackers = list_trackers(args.report_to)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            log_with=list_trackers(args.report_to),
+            log_with=trackers,
             project_config=ProjectConfiguration(
                 args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
@@ -2249,9 +2315,9 @@ def expected_memory(buckets, targets, run):
 def set_aside_earlier_run(args):
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output_dir = Path(args.output_dir)
-    left = [output_dir / name for name in (LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", args.logging_dir)]
-    left = [path for path in (*left, *list_checkpoints(output_dir)) if path.exists()]
-    if not any(path.name == LORA_FILE or path.name.startswith("checkpoint-") for path in left):
+    names = (LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best", args.logging_dir)
+    left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
+    if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
         return
     number = next(n for n in range(1, sys.maxsize) if not (output_dir / f"earlier-run-{n}").exists())
     folder = output_dir / f"earlier-run-{number}"
@@ -2325,7 +2391,9 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
     with StopSignal() as stop:
         for step in range(first_update + 1, schedule.max_train_steps + 1):
             loss = torch.zeros((), device=accelerator.device)
-            for _ in sampler.micro_batches(step - 1):
+            for number, _ in enumerate(sampler.micro_batches(step - 1)):
+                if args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
+                    torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
                 micro_loss = training_loss(transformer, vae, next(batches), args.weighting_scheme, run)
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
@@ -2426,8 +2494,10 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint, accelerator), weight_dtype)
     targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
-    quantization_config(args, weight_dtype)  # this and the next are used later: their mistakes end the run here
+    # These are needed later; mistakes in them end the run here, before anything is loaded.
+    quantization_config(args, weight_dtype)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
+    validation_model(run)
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
@@ -2499,7 +2569,7 @@ def main(args):
     if accelerator.is_main_process:
         write_model_card(args, files)
         if args.push_to_hub:
-            push_to_hub(args)
+            push_to_hub(args, files)
         print(
             f"The LoRA is in {Path(args.output_dir, LORA_FILE)}, for ComfyUI in {Path(args.output_dir, 'comfyui')}.\n"
             f"Use it: pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}); "
