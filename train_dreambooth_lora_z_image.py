@@ -1120,21 +1120,27 @@ def generate_class_images(missing, prompt_embeds, run):
     precision = args.prior_generation_precision or run.accelerator.mixed_precision
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
-    first = len(list_pictures(folder, "--class_data_dir"))
-    run.accelerator.wait_for_everyone()  # every process has counted before any picture is added
-    mine = run.share(range(first, first + missing))
+    folder.mkdir(parents=True, exist_ok=True)
+    free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
+    run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
+    mine = run.share(free[:missing])
     batches = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
     vae = load_vae(run)
     for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
         images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
         for number, image in zip(numbers, images, strict=True):
-            path = folder / f"class-{number:05d}.png"
+            path = class_image_path(folder, number)
             image.save(path.with_suffix(".part"), format="PNG")
             os.replace(path.with_suffix(".part"), path)
     del transformer, vae
     free_memory()
     run.accelerator.wait_for_everyone()
+
+
+def class_image_path(folder, number):
+    """The file of a generated class picture."""
+    return folder / f"class-{number:05d}.png"
 
 
 def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
