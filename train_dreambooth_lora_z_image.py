@@ -1021,7 +1021,9 @@ def encode_prompts(prompts, run):
     pipeline = load_text_pipeline(run.model, dtype)
     text_encoder = pipeline.text_encoder.requires_grad_(False)
     if args.fsdp_text_encoder:
-        shard(text_encoder, text_encoder.layers, accelerator)
+        text_encoder.rotary_emb.to(accelerator.device)
+        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
+        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), accelerator)
     elif not args.offload:
         text_encoder.to(accelerator.device)
     offload = args.offload and not args.fsdp_text_encoder
@@ -1367,8 +1369,8 @@ def compile_blocks(transformer):
         block.compile(fullgraph=True)
 
 
-def shard(module, blocks, accelerator, ignored=()):
-    """Spread a module's parameters over the processes as the accelerate config's FSDP section says, block by block.
+def shard(modules, accelerator, ignored=()):
+    """Spread the parameters of modules, inner ones first, over the processes as accelerate's FSDP section says.
 
     `ignored` parameters stay whole on every process.
     """
@@ -1381,8 +1383,8 @@ def shard(module, blocks, accelerator, ignored=()):
     }
     for parameter in ignored:
         parameter.data = parameter.data.to(accelerator.device)
-    for part in (*blocks, module):
-        fully_shard(part, **options)
+    for module in modules:
+        fully_shard(module, **options)
 
 
 def add_lora(transformer, targets, run):
@@ -2513,6 +2515,12 @@ def main(args):
     for line in describe_plan(examples, buckets, missing, targets, schedule, run):
         logger.info(line)
     manifest = {"seed": run.seed, "fingerprint": fingerprint(examples, buckets, missing, targets, schedule, run)}
+    seen = digest_of((manifest, checkpoint and checkpoint.manifest["step"]))
+    if len(set(gather_object([seen]))) > 1:
+        raise UserError(
+            "the processes see different pictures, settings or checkpoints: start all machines with the same flags, "
+            "and keep the pictures and --output_dir on storage that they share"
+        )
     if checkpoint:
         check_fingerprint(checkpoint, manifest["fingerprint"])
     if args.dry_run:
@@ -2549,7 +2557,7 @@ def main(args):
     first_update = load_checkpoint(checkpoint, transformer, optimizer, schedule.learning_rate) if checkpoint else 0
     if run.sharded:
         adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
-        shard(transformer, transformer_blocks(transformer), accelerator, ignored=adapters)
+        shard((*transformer_blocks(transformer), transformer), accelerator, ignored=adapters)
     if args.compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         compile_blocks(transformer)
 
