@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -100,6 +101,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"  # these two, and the LoRA in float32, 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # in the output folder of a finished run
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
@@ -150,8 +152,8 @@ def number(kind, low=None, high=None, above=None):
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not abs(value) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is not finite, or too large")
         if low is not None and value < low:
             raise argparse.ArgumentTypeError(f"{text} is below {low}")
         if above is not None and value <= above:
@@ -335,6 +337,17 @@ def parse_args(argv=None):
     """Parse and check a command line (default: `sys.argv[1:]`). A mistake exits with status 2 and one line."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    prompts = {
+        "instance_prompt": args.instance_prompt,
+        "class_prompt": args.class_prompt,
+        "final_validation_prompt": args.final_validation_prompt,
+        "validation_prompt": "".join(args.validation_prompt or []),
+    }
+    for flag, text in prompts.items():
+        if text and not is_unicode(text):
+            parser.error(f"--{flag}: {text!r} is not UTF-8")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        parser.error("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give exactly one of --instance_data_dir and --dataset_name")
     if args.dataset_config_name and not args.dataset_name:
@@ -347,9 +360,7 @@ def parse_args(argv=None):
         parser.error("--save_best needs --validation_data_dir, whose loss says which step is the best")
     if args.adam_beta1 == 1 or args.adam_beta2 == 1:
         parser.error("--adam_beta1 and --adam_beta2 must be below 1")
-    if args.hub_token and not {name.strip() for name in args.report_to.split(",")} <= {"none", "tensorboard"}:
-        parser.error("--hub_token: other trackers than tensorboard record the command line; use hf auth login instead")
-    if args.push_to_hub:
+    if args.push_to_hub or args.hub_model_id:
         try:
             validate_repo_id(hub_repository(args))
         except HFValidationError:
@@ -422,8 +433,10 @@ def load_examples(folder, flag, default_caption, caption_column=None):
     captions = read_metadata(folder, caption_column)
     unlisted = {name: folder / name for name in captions if folder / name not in files}
     for name, path in unlisted.items():
-        if not path.is_file():
-            raise UserError(f"{folder / 'metadata.jsonl'} names {name!r}, which is not in the folder: mend the line")
+        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
+            raise UserError(
+                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
+            )
     if not files and not unlisted:
         raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
     examples = []
@@ -435,8 +448,8 @@ def load_examples(folder, flag, default_caption, caption_column=None):
 
 def list_pictures(folder, flag):
     """The pictures directly in `folder`, hidden files left out. Raises UserError if it is no folder."""
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder: check the path")
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {str(folder)[:500]} is not a folder: check the path")
     try:
         files = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
     except PermissionError:
@@ -478,7 +491,7 @@ def read_metadata(folder, caption_column):
         try:
             row = json.loads(line)
             name = Path(row["file_name"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f'{path}, line {line_number}: not a JSON object with "file_name": mend it') from None
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{path}, line {line_number}: {row['file_name']!r} points outside the folder")
@@ -492,6 +505,15 @@ def read_metadata(folder, caption_column):
     return {name: clean_caption(row.get(column), f"{path}, {name!r}") for name, row in rows.items()}
 
 
+def is_unicode(text):
+    """Whether a text can be encoded: JSON and command lines can hold surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def clean_caption(caption, where):
     """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
     if isinstance(caption, (list, tuple)) and caption:
@@ -500,6 +522,8 @@ def clean_caption(caption, where):
         return ""
     if not isinstance(caption, str):
         raise UserError(f"{where}: the caption {caption!r} is not a text")
+    if not is_unicode(caption):
+        raise UserError(f"{where}: the caption {caption!r} holds half a character: mend it")
     return caption.strip()
 
 
@@ -573,10 +597,21 @@ def picture_size(name, source):
     return (width, height) if turned else (height, width)
 
 
+def shrink(image):
+    """A picture of at most MAX_SIDE² pixels, by skipping pixels in whole numbers, so that conversions cost little."""
+    step = math.ceil(math.sqrt(image.width * image.height) / MAX_SIDE)
+    small = image.resize((math.ceil(image.width / step), math.ceil(image.height / step)), Image.Resampling.NEAREST)
+    small.info = image.info
+    return small
+
+
 def decode_image(name, source):
     """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent."""
     with picture_errors(name), open_picture(source) as image:
         profile = image.info.get("icc_profile")
+        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG is decoded smaller at once
+        if image.width * image.height > MAX_SIDE**2:
+            image = shrink(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
             image = image.convert("I").point(lambda value: value / 257).convert("L")
@@ -889,8 +924,11 @@ class Model:
     def load(self, cls, subfolder, **kwargs):
         """A component with its weights. Raises UserError."""
         try:
-            return cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
-        except (OSError, ValueError) as error:
+            component = cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
+            if isinstance(component, torch.nn.Module) and any(p.is_meta for p in component.parameters()):
+                raise ValueError("its file lacks some of the weights")
+            return component
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
 
 
@@ -926,21 +964,39 @@ def check_model(args):
     classes = (ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler)
     configs = {}
     try:
+        name = "model_index.json"
         index = DiffusionPipeline.load_config(path, **hub_kwargs)
+        if index.get("_class_name") not in ("ZImagePipeline", None):
+            raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
         for name, cls in zip(("transformer", "vae", "scheduler"), classes, strict=True):
             configs[name] = cls.load_config(path, subfolder=name, **hub_kwargs)
             if configs[name].get("_class_name") != cls.__name__:
                 raise UserError(f"{flag}: its {name} is a {configs[name].get('_class_name')}, not a {cls.__name__}")
-        text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder", **hub_kwargs)
+        name = "text_encoder"
+        text_config = transformers.AutoConfig.from_pretrained(path, subfolder=name, **hub_kwargs)
+        if not text_config.model_type.startswith("qwen"):
+            raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
+        name = "tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=name, **hub_kwargs)
+        if not tokenizer.chat_template:
+            raise UserError(f"{flag}: its tokenizer has no chat template")
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} is not a complete Z-Image pipeline: {first_line(error)}") from None
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(f"{flag} is not a complete Z-Image pipeline: its {name}: {first_line(error)}") from None
+    for name in ("transformer", "vae", "text_encoder"):
+        if Path(path).is_dir() and not [*Path(path, name).glob("*.safetensors"), *Path(path, name).glob("*.bin")]:
+            raise UserError(f"{flag}: its {name} has no weights")
     if "text_encoder" not in index or "tokenizer" not in index:
         raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
     transformer, vae = configs["transformer"], configs["vae"]
     if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
         raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
+    longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
+    for height, width in list_buckets(args) or [(round_size(args.resolution),) * 2]:
+        if height > longest[0] or width > longest[1]:
+            size = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
+            raise UserError(f"--{size}: this model draws at most {longest[0]} x {longest[1]} pixels")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
@@ -1045,9 +1101,16 @@ def encode_prompts(prompts, run):
 def load_text_pipeline(model, dtype):
     """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
     try:
-        return ZImagePipeline.from_pretrained(model.path, transformer=None, vae=None, dtype=dtype, **model.hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model.path}: its text encoder cannot be loaded: {first_line(error)}") from None
+        text_encoder, loaded = transformers.AutoModel.from_pretrained(
+            model.path, subfolder="text_encoder", dtype=dtype, output_loading_info=True, **model.hub_kwargs
+        )
+        if loaded["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"its file lacks {len(loaded['missing_keys'])} of the weights")
+        return ZImagePipeline.from_pretrained(
+            model.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, **model.hub_kwargs
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{model.path}: its text_encoder cannot be loaded: {first_line(error)}") from None
 
 
 def count_tokens(tokenizer, prompt, limit):
@@ -1226,6 +1289,13 @@ def quantization_config(args, weight_dtype):
         return None
     try:
         settings = json.loads(read_text(Path(path)))
+        known = inspect.signature(BitsAndBytesConfig.__init__).parameters
+        if unknown := settings.keys() - known:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+        if [settings.get("load_in_4bit", False), settings.get("load_in_8bit", False)].count(True) != 1:
+            raise ValueError("set one of load_in_4bit and load_in_8bit to true")
+        if settings.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+            raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
         if settings.get("load_in_4bit"):
             settings["bnb_4bit_compute_dtype"] = weight_dtype
         config = BitsAndBytesConfig(**settings)
@@ -1414,8 +1484,8 @@ def leave_inputs_alone(transformer):
             module.cast_input_dtype_enabled = False
 
 
-def wear_base_adapter(transformer, args):
-    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
+def read_base_adapter(args):
+    """The tensors, metadata and weight of `--base_adapter`. Raises UserError."""
     path, _, weight = args.base_adapter.rpartition(":")
     try:
         weight = float(weight)
@@ -1423,10 +1493,21 @@ def wear_base_adapter(transformer, args):
         path, weight = args.base_adapter, 1.0
     try:
         state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
-        state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
-        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
     except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
         raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
+    state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
+    return state, metadata, weight
+
+
+def wear_base_adapter(transformer, args):
+    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
+    state, metadata, weight = read_base_adapter(args)
+    try:
+        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(
+            f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA: {first_line(error)}"
+        ) from None
     transformer.set_adapters(["default", "base"], [1.0, weight])
     freeze_base_adapter(transformer)
     leave_inputs_alone(transformer)
@@ -1627,7 +1708,8 @@ def save_checkpoint(step, transformer, optimizer, manifest, args):
         save_file(tensors, beside / OPTIMIZER_FILE)
         files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(beside.iterdir())}
         rest = {"numbers": numbers, "groups": optimizer.state_dict()["param_groups"]}
-        write_json(beside / MANIFEST, {"step": step, **manifest, "optimizer": rest, "files": files})
+        content = json.loads(json.dumps({"step": step, **manifest, "optimizer": rest, "files": files}))
+        write_json(beside / MANIFEST, {"digest": digest_of(json.dumps(content)), **content})
         for path in [*beside.iterdir(), beside]:
             flush_to_disk(path)
         if final.exists():
@@ -1638,8 +1720,12 @@ def save_checkpoint(step, transformer, optimizer, manifest, args):
         shutil.rmtree(beside, ignore_errors=True)
         logger.error(f"{final} could not be saved ({first_line(error)}): training goes on, make room or mend it")
         return
-    for path in list_checkpoints(output_dir)[args.checkpoints_total_limit or sys.maxsize :]:
-        remove_folder(path)
+    others = [path for path in list_checkpoints(output_dir) if path != final]
+    for path in others[(args.checkpoints_total_limit or sys.maxsize) - 1 :]:
+        try:
+            remove_folder(path)
+        except OSError as error:
+            logger.warning(f"{path} could not be removed ({first_line(error)})")
     logger.info(f"Saved {final}")
 
 
@@ -1694,10 +1780,12 @@ def read_checkpoint(path):
     """Read and check a checkpoint. Raises UserError that says what is wrong with it."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("digest") != digest_of(json.dumps(manifest)):
+            raise UserError(f"{path} is damaged: {MANIFEST} is not what was saved")
         for name, (size, digest) in manifest["files"].items():
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 raise UserError(f"{path} is damaged: {name} is not what was saved")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a complete checkpoint of this trainer: {first_line(error)}") from None
@@ -1713,7 +1801,10 @@ def find_checkpoint(args):
         path = next((p for p in (Path(requested), Path(args.output_dir, requested)) if p.is_dir()), None)
         if path is None:
             raise UserError(f"--resume_from_checkpoint {requested} is not a folder: check the path")
-        return read_checkpoint(path)
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"--resume_from_checkpoint {requested}: {error}") from None
     for path in list_checkpoints(args.output_dir):
         try:
             return read_checkpoint(path)
@@ -1756,16 +1847,19 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
 
 def fingerprint(examples, buckets, missing_class_images, targets, schedule, run):
     """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
+    instances = examples["instance"]
     data = [
-        (Path(example.name).name, example.caption, example.size, bucket)
-        for example, bucket in zip(examples["instance"], buckets["instance"], strict=True)
+        (Path(e.name).name, e.size, e.source.stat().st_size if isinstance(e.source, Path) else None) for e in instances
     ]
     return {name: getattr(run.args, name) for name in MATHEMATICS} | {
+        "seed": run.seed,
         "learning_rate": schedule.learning_rate,
         "max_train_steps": schedule.max_train_steps,
         "mixed_precision": run.accelerator.mixed_precision,
         "total batch size": schedule.total_batch_size,
-        "pictures, captions and sizes": digest_of(data),
+        "pictures": digest_of(data),
+        "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
+        "training sizes (resolution or aspect_ratio_buckets)": digest_of(buckets["instance"]),
         "number of class images": len(examples.get("class", [])) + missing_class_images,
         "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
         "transformer": digest_of(sorted(run.model.transformer_config.items(), key=str)),
@@ -2320,10 +2414,22 @@ def expected_memory(buckets, targets, run):
     return {stage: size / 2**30 for stage, size in stages.items()}
 
 
+def output_folders(args):
+    """The folders that a run writes into, with their flags."""
+    folders = [("output_dir", Path(args.output_dir))]
+    if args.encoding_cache_dir:
+        folders.append(("encoding_cache_dir", Path(args.encoding_cache_dir)))
+    if args.report_to != "none":
+        folders.append(("logging_dir", Path(args.output_dir, args.logging_dir)))
+    return folders
+
+
 def set_aside_earlier_run(args):
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output_dir = Path(args.output_dir)
-    names = (LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best", args.logging_dir)
+    names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
+    if not Path(args.logging_dir).is_absolute() and ".." not in Path(args.logging_dir).parts:
+        names.append(args.logging_dir)  # elsewhere, it can hold the logs of other runs too
     left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
     if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
         return
@@ -2436,7 +2542,11 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
 def is_finished(args, schedule):
     """Whether `--output_dir` holds a run that has come to its end; says so."""
     path = Path(args.output_dir, RUN_FILE)
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["steps"] < schedule.max_train_steps:
+    try:
+        steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is made anew
+        return False
+    if steps < schedule.max_train_steps:
         return False
     logger.info(f"{args.output_dir} holds a finished run; its files are left alone. To go on, raise --max_train_steps")
     return True
@@ -2506,6 +2616,8 @@ def main(args):
     quantization_config(args, weight_dtype)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
     validation_model(run)
+    if args.base_adapter:
+        read_base_adapter(args)
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
@@ -2530,8 +2642,19 @@ def main(args):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
+    for flag, folder in output_folders(args):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
     if accelerator.is_main_process and not checkpoint:
         set_aside_earlier_run(args)
+    if accelerator.is_main_process:  # what a process that was killed left half written or half removed
+        for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):
+            for path in Path(args.output_dir).glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
@@ -2563,10 +2686,13 @@ def main(args):
 
     # Training
     if args.report_to != "none":
+        if args.hub_token:  # wandb stores the command line
+            sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
     validation = Validation(transformer, dataset, checkpoint, run)
-    if first_update == 0:
-        validation(0)
+    every = args.validation_epochs * schedule.updates_per_epoch
+    if first_update % every == 0 and first_update < schedule.max_train_steps:
+        validation(first_update)  # also of a resumed run: a checkpoint is saved before the validation of its step
     stopped_by = train(
         transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run
     )
@@ -2592,16 +2718,25 @@ def main(args):
     accelerator.end_training()
 
 
+def print_error(text):
+    """One line on standard error, also where a file name in it holds line ends or control characters."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
+
+
 def run_command_line():
     """The entry of the command line: an error that the user can mend becomes one line and an exit status."""
     try:
         main(parse_args())
     except (UserError, TrainingError) as error:
-        print(f"train_dreambooth_lora_z_image.py: error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        print_error(first_line(error))
+        return 1
     except torch.OutOfMemoryError as error:
         mend = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
-        print(f"train_dreambooth_lora_z_image.py: error: {first_line(error)} Less memory: {mend}", file=sys.stderr)
+        print_error(f"{first_line(error)} Less memory: {mend}")
         return 1
     except KeyboardInterrupt:
         return 130

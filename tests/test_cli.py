@@ -121,10 +121,10 @@ WITHOUT_EFFECT = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_ra
 
 @pytest.fixture(scope="session")
 def model_without_weights(tiny_model, tmp_path_factory):
-    """A pipeline folder of which nothing but the configuration can be read: loading a model from it fails."""
+    """A pipeline folder whose weight files are empty: its configuration can be read, loading a model fails."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "no-weights")
     for path in folder.rglob("*.safetensors"):
-        path.unlink()
+        path.write_bytes(b"")
     return folder
 
 

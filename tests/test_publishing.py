@@ -365,15 +365,6 @@ def test_the_token_appears_nowhere(runs, hub):
     assert not any(token.encode() in text for text in texts for token in (TOKEN, WRONG_TOKEN))
 
 
-def test_a_token_on_the_command_line_is_kept_from_trackers_that_record_it(capsys):
-    for tracker in ("wandb", "tensorboard,wandb", "all"):
-        with pytest.raises(SystemExit) as stop:
-            trainer.parse_args([*required_flags(), f"--hub_token={TOKEN}", f"--report_to={tracker}"])
-        assert stop.value.code == 2
-        line = capsys.readouterr().err
-        assert "--hub_token" in line and "hf auth login" in line and TOKEN not in line
-
-
 # The card
 
 
