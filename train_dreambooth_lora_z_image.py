@@ -2043,8 +2043,8 @@ def save_contact_sheet(folder, prompts):
 
 
 def save_sheet(rows, row_labels, column_labels, path):
-    """Save pictures as a labelled grid; a sheet is at most 256 pixels wide for each picture."""
-    side = min(256, max(rows[0][0].size))
+    """Save pictures as a labelled grid, each 128 to 256 pixels wide, so that the labels can be read."""
+    side = min(256, max(128, *rows[0][0].size))
     size = max(11, side // 14)
     font = caption_font(size, "".join(column_labels))
     if font is None:  # no font here has these characters: numbers then, and the prompts in a text beside
@@ -2054,7 +2054,7 @@ def save_sheet(rows, row_labels, column_labels, path):
     margin, line = 5 * font.size, round(1.3 * font.size)
     lines = []
     for label in (" ".join(label.split()) or "(empty)" for label in column_labels):
-        width = max(8, int(side / font.getlength(label) * len(label)))
+        width = max(8, int(0.9 * side / font.getlength(label) * len(label)))
         lines.append(textwrap.wrap(label, width, max_lines=4, placeholder="..."))
     top = line * max(map(len, lines)) + line // 2
     sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
@@ -2642,7 +2642,7 @@ def main(args):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
-    for flag, folder in output_folders(args):
+    for flag, folder in output_folders(args) if accelerator.is_main_process else []:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def parse_recipes(recipes, model, data):
 def test_recipe_means_the_same_as_its_flags_typed_out(recipe, tiny_model, photos, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes name files in configs/
     lines = (CONFIGS / recipe).read_text("utf-8").splitlines()
-    flags = [line for line in lines if line and not line.startswith("#")]
+    flags = [word for line in lines for word in shlex.split(line, comments=True)]
     from_recipe = parse_recipes([f"@configs/{recipe}"], tiny_model, photos)
     assert from_recipe == parse_recipes(flags, tiny_model, photos)
     assert from_recipe != parse_recipes([], tiny_model, photos)

@@ -484,7 +484,7 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(tiny_model, 
     argv = train_args(tiny_model, **data, out=out, max_train_steps=100_000)
     with started(2, argv, tmp_path) as group:
         group[0].wait_for("step 1/")
-        os.kill(group[1].pid, signal.SIGTERM)
+        os.kill(group[1].process.pid, signal.SIGTERM)
         assert [process.finish().returncode for process in group] == [143, 143]
     (checkpoint,) = out.glob("checkpoint-*")
     steps = [len(torch.load(tmp_path / f"notes-{rank}.pt", weights_only=False)["updates"]) for rank in range(2)]
