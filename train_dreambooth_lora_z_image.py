@@ -2364,7 +2364,7 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
         where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
         lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
     memory = expected_memory(buckets, targets, run)
-    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.1f}" for stage, size in memory.items()))
+    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
     return lines
 
 

@@ -597,7 +597,7 @@ def work(rank, args, rendezvous):
 
     scenes, words = zip(*(random_scene(rng) for _ in range(share)))
     pictures = torch.from_numpy(np.stack([draw_scene(scene) for scene in scenes]))
-    practice = np.stack([draw_scene(random_practice_scene(rng)) for _ in range(share // 2)])
+    practice = np.stack([draw_scene(random_practice_scene(rng)) for _ in range(share // 4)])
     log(f"{args.pictures} pictures drawn")
 
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -631,7 +631,7 @@ def work(rank, args, rendezvous):
 
 
 def save_pipeline(pipeline, folder):
-    """float16 for the transformer alone, where the megabytes are; read it back with torch_dtype=torch.float32."""
+    """float16 for the transformer alone, where the megabytes are; read it back in torch.float32."""
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.transformer.half()
     pipeline.save_pretrained(folder)
@@ -676,10 +676,10 @@ def parse_args():
     parser.add_argument("--output_dir", default="tests/assets", help="where tiny-z-image/ and subjects/ go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="one thread each; another number, another model")
-    parser.add_argument("--pictures", type=int, default=24000, help="drawn for training, over all processes")
-    parser.add_argument("--vae_steps", type=int, default=1300)
+    parser.add_argument("--pictures", type=int, default=14000, help="drawn for training, over all processes")
+    parser.add_argument("--vae_steps", type=int, default=700)
     parser.add_argument("--vae_batch", type=int, default=5, help="pictures per process and step")
-    parser.add_argument("--steps", type=int, default=3200, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=1800, help="of the transformer")
     parser.add_argument("--batch", type=int, default=16, help="latents per process and step")
     return parser.parse_args()
 
