@@ -2043,14 +2043,16 @@ def save_contact_sheet(folder, prompts):
 
 
 def save_sheet(rows, row_labels, column_labels, path):
-    """Save pictures as a labelled grid, each 128 to 256 pixels wide, so that the labels can be read."""
-    side = min(256, max(128, *rows[0][0].size))
-    size = max(11, side // 14)
-    font = caption_font(size, "".join(column_labels))
+    """Save pictures as a labelled grid: large ones at 256 pixels, small ones enlarged until labels can be read."""
+    size = max(rows[0][0].size)
+    side = min(256, size * math.ceil(128 / size))
+    resample = Image.Resampling.NEAREST if side > size else Image.Resampling.BICUBIC
+    font_size = max(11, side // 14)
+    font = caption_font(font_size, "".join(column_labels))
     if font is None:  # no font here has these characters: numbers then, and the prompts in a text beside
         path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
         column_labels = [f"prompt {number} (see prompts.txt)" for number in range(len(column_labels))]
-        font = ImageFont.load_default(size)
+        font = ImageFont.load_default(font_size)
     margin, line = 5 * font.size, round(1.3 * font.size)
     lines = []
     for label in (" ".join(label.split()) or "(empty)" for label in column_labels):
@@ -2065,7 +2067,7 @@ def save_sheet(rows, row_labels, column_labels, path):
     for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         draw.text((2, top + row * side + side // 2), label, "black", font)
         for column, image in enumerate(images):
-            sheet.paste(ImageOps.contain(image, (side, side)), (margin + column * side, top + row * side))
+            sheet.paste(ImageOps.contain(image, (side, side), resample), (margin + column * side, top + row * side))
     sheet.save(path)
 
 
@@ -2414,14 +2416,25 @@ def expected_memory(buckets, targets, run):
     return {stage: size / 2**30 for stage, size in stages.items()}
 
 
-def output_folders(args):
-    """The folders that a run writes into, with their flags."""
-    folders = [("output_dir", Path(args.output_dir))]
+def prepare_output(args, checkpoint):
+    """Make the folders that the run writes into, and clear what earlier ones left in the way. Raises UserError."""
+    folders = {"output_dir": Path(args.output_dir)}
     if args.encoding_cache_dir:
-        folders.append(("encoding_cache_dir", Path(args.encoding_cache_dir)))
+        folders["encoding_cache_dir"] = Path(args.encoding_cache_dir)
     if args.report_to != "none":
-        folders.append(("logging_dir", Path(args.output_dir, args.logging_dir)))
-    return folders
+        folders["logging_dir"] = Path(args.output_dir, args.logging_dir)
+    for flag, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
+    if not checkpoint:
+        set_aside_earlier_run(args)
+    for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):  # of a process that was killed while it saved
+        for path in Path(args.output_dir).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside_earlier_run(args):
@@ -2642,19 +2655,8 @@ def main(args):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
-    for flag, folder in output_folders(args) if accelerator.is_main_process else []:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
-    if accelerator.is_main_process and not checkpoint:
-        set_aside_earlier_run(args)
-    if accelerator.is_main_process:  # what a process that was killed left half written or half removed
-        for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):
-            for path in Path(args.output_dir).glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+    if accelerator.is_main_process:
+        prepare_output(args, checkpoint)
     accelerator.wait_for_everyone()
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture

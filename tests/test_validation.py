@@ -68,11 +68,12 @@ def pixels(file):
 
 
 def cells(sheet):
-    """A sheet's pictures, as rows of columns: they fill it from the lower right corner."""
-    sheet = pixels(sheet)
-    rows, columns = sheet.shape[0] // SIDE, sheet.shape[1] // SIDE
-    lower = sheet[-rows * SIDE :, -columns * SIDE :]
-    return lower.reshape(rows, SIDE, columns, SIDE, 3).swapaxes(1, 2)
+    """A sheet's pictures, enlarged there to 128 pixels, as rows of columns: they fill it from the lower right corner."""
+    sheet, factor = pixels(sheet), -(-128 // SIDE)
+    cell = factor * SIDE
+    rows, columns = sheet.shape[0] // cell, sheet.shape[1] // cell
+    lower = sheet[-rows * cell :, -columns * cell :]
+    return lower.reshape(rows, cell, columns, cell, 3).swapaxes(1, 2)[:, :, ::factor, ::factor]
 
 
 def draw_with_pipeline(model, prompt, number=0, lora=None, guidance_scale=5.0, **components):
