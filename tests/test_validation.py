@@ -68,7 +68,7 @@ def pixels(file):
 
 
 def cells(sheet):
-    """A sheet's pictures, enlarged there to 128 pixels, as rows of columns: they fill it from the lower right corner."""
+    """A sheet's pictures, which are enlarged there to 128 pixels and fill it from the lower right corner."""
     sheet, factor = pixels(sheet), -(-128 // SIDE)
     cell = factor * SIDE
     rows, columns = sheet.shape[0] // cell, sheet.shape[1] // cell
