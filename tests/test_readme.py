@@ -40,7 +40,7 @@ def test_the_table_of_flags_is_the_parsers():
 
 def test_every_flag_that_the_readme_names_exists():
     known = {option for action in trainer.build_parser()._actions for option in action.option_strings}
-    known |= {"--config_file", "--logdir", "--gradient_accumulation"}  # of accelerate, of tensorboard, an abbreviation
+    known |= {"--config_file", "--logdir", "--kills"}  # of accelerate, of tensorboard, of tests/kill_test.py
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", README.read_text(encoding="utf-8")))
     assert named <= known
 
