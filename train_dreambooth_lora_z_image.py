@@ -194,7 +194,7 @@ def build_parser():
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
     add("--gradient_checkpointing", action="store_true",
-        help="Recompute each transformer block in the backward pass: far less memory, about a third slower.")
+        help="Recompute each transformer block in the backward pass: less memory, more time.")
     add("--offload", action="store_true",
         help="Keep the text encoder and the VAE in host memory, on the device only while they encode.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
