@@ -1282,9 +1282,9 @@ def names_module(name, path):
     )
 
 
-def quantization_config(args, weight_dtype):
+def quantization_config(run):
     """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
-    path = args.bnb_quantization_config_path
+    path = run.args.bnb_quantization_config_path
     if not path:
         return None
     try:
@@ -1297,8 +1297,10 @@ def quantization_config(args, weight_dtype):
         if settings.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
             raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
         if settings.get("load_in_4bit"):
-            settings["bnb_4bit_compute_dtype"] = weight_dtype
+            settings["bnb_4bit_compute_dtype"] = run.weight_dtype
         config = BitsAndBytesConfig(**settings)
+        if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
+            raise ValueError("FSDP shards only 4-bit weights in a floating bnb_4bit_quant_storage, as configs/nf4.json")
         DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
     except UserError as error:
@@ -1384,7 +1386,7 @@ def transformer_blocks(transformer):
 def load_transformer(run):
     """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
     args, device = run.args, run.accelerator.device
-    quantization = quantization_config(args, run.weight_dtype)
+    quantization = quantization_config(run)
     kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
     transformer.requires_grad_(False)
@@ -2395,7 +2397,7 @@ def expected_memory(buckets, targets, run):
     text_encoder, vae, weights = parameters[0] * width, parameters[1] * 4, parameters[2] * width
     if args.do_fp8_training or args.bnb_quantization_config_path:
         linear = sum(p.numel() for block in transformer_blocks(transformer) for p in block.parameters() if p.ndim == 2)
-        four_bit = args.bnb_quantization_config_path and quantization_config(args, run.weight_dtype).load_in_4bit
+        four_bit = args.bnb_quantization_config_path and quantization_config(run).load_in_4bit
         weights -= linear * (width - (0.57 if four_bit else 1))  # 4 bits and a scale for each 64, or 8 bits
     rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
@@ -2470,11 +2472,15 @@ class Progress:
             total=schedule.max_train_steps, initial=first_update, desc="steps", disable=not shows_progress(accelerator)
         )
         self.started = self.printed = time.monotonic()
-        self.first_update = first_update
+        self.first_update, self.smooth_loss = first_update, math.nan
 
     def update(self, step, loss, grad_norm, learning_rate):
-        """Note an update that is done."""
+        """Note an update that is done. What is shown of the loss is smoothed over some twenty updates."""
         now = time.monotonic()
+        if math.isfinite(loss):
+            self.smooth_loss += 0.05 * (loss - self.smooth_loss)
+            self.smooth_loss = loss if math.isnan(self.smooth_loss) else self.smooth_loss
+        shown = {"loss": f"{self.smooth_loss:.4f}", "lr": f"{learning_rate:.3g}"}
         metrics = {
             "loss": loss,
             "lr": learning_rate,
@@ -2483,15 +2489,16 @@ class Progress:
         }
         if self.accelerator.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            shown["memory"] = f"{metrics['memory_gib']:.1f} GiB"
         self.accelerator.log(metrics, step=step)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.3g}")
+        self.bar.set_postfix(shown)
         self.bar.update()
         last = self.schedule.max_train_steps
         if self.bar.disable and (now - self.printed > 10 or step in (self.first_update + 1, last)):
             self.printed = now
             pace = (now - self.started) / (step - self.first_update)
             logger.info(
-                f"step {step}/{last}: loss {loss:.4f}, lr {learning_rate:.3g}, gradient norm {grad_norm:.3g}, "
+                f"step {step}/{last}: {', '.join(f'{name} {value}' for name, value in shown.items())}, "
                 f"{pace:.2f} s a step, {pace * (last - step) / 60:.0f} min left"
             )
 
@@ -2626,7 +2633,7 @@ def main(args):
     run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint, accelerator), weight_dtype)
     targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
     # These are needed later; mistakes in them end the run here, before anything is loaded.
-    quantization_config(args, weight_dtype)
+    quantization_config(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
     validation_model(run)
     if args.base_adapter:

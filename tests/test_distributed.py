@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_cpu_launcher import ENVIRONMENT, allow_fsdp_on_cpu
 from kill_test import TrainerProcess
+from patched_trainer import bitsandbytes_on_cpu
 from tiny import ROOT, SCRIPT, lora_tensors, train_args, training_environment
 
 
@@ -59,10 +60,12 @@ def local_bytes(module):
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
 
 
-def observe(path, fsdp, trainer):
+def observe(path, fsdp, change, trainer):
     """Has the trainer in this process note what it does; the notes are in the file `path` when it ends."""
     if fsdp:
         allow_fsdp_on_cpu()
+    if change:
+        change()
     notes = {"updates": [[]], "decoded": [], "prompts": [], "written": [], "bytes": {}}
     original = vars(trainer).copy()
     text_encoders = []
@@ -119,8 +122,9 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(processes, argv, folder, fsdp=False, env=None):
-    """That many trainer processes, running; killed at the end. `argv`: the flags, or a function of the rank."""
+def started(processes, argv, folder, fsdp=False, env=None, change=None):
+    """That many trainer processes, running; killed at the end. `argv`: the flags, or a function of the rank; `change`:
+    called in each process first."""
     folder.mkdir(parents=True, exist_ok=True)
     port, group = free_port(), []
     try:
@@ -130,7 +134,7 @@ def started(processes, argv, folder, fsdp=False, env=None):
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 environment |= {"LOCAL_WORLD_SIZE": str(processes)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            before = functools.partial(observe, folder / f"notes-{rank}.pt", fsdp)
+            before = functools.partial(observe, folder / f"notes-{rank}.pt", fsdp, change)
             flags = argv(rank) if callable(argv) else argv
             group.append(TrainerProcess(flags, folder / f"log-{rank}.txt", before, environment | (env or {})))
         yield group
@@ -148,9 +152,9 @@ class Result(NamedTuple):
     outputs: list
 
 
-def train_together(processes, argv, folder, fsdp=False, env=None, check=True, timeout=240):
+def train_together(processes, argv, folder, fsdp=False, env=None, check=True, timeout=240, change=None):
     """Runs the trainer as so many processes to its end. `argv` as for `started`; `--output_dir` is `folder/out`."""
-    with started(processes, argv, folder, fsdp, env) as group:
+    with started(processes, argv, folder, fsdp, env, change) as group:
         finished = [process.finish(timeout) for process in group]
     if check:
         assert not any(process.returncode for process in finished), "\n".join(map(str, finished))
@@ -633,6 +637,34 @@ def test_an_fsdp_config_of_version_1_is_refused_in_one_line(tiny_model, data, tm
     )
     assert result.exit_statuses == [2, 2]
     assert "fsdp_version: 2" in result.outputs[0]
+    assert "Traceback" not in "".join(result.outputs)
+
+
+def quantized(folder, data, tiny_model, config, **flags):
+    return train_args(
+        tiny_model, **data | flags, out=folder / "out", bnb_quantization_config_path=f"configs/{config}.json"
+    )
+
+
+def test_fsdp_shards_a_4_bit_base_with_the_same_result(tiny_model, data, tmp_path):
+    flags = {**CACHED, "max_train_steps": 6}
+    one, two = tmp_path / "one", tmp_path / "two"
+    lone = train_together(
+        1, quantized(one, data, tiny_model, "nf4", **flags, **SIZES["4"]), one, change=bitsandbytes_on_cpu
+    )
+    shared = train_together(
+        2, quantized(two, data, tiny_model, "nf4", **flags, **SIZES["2"]), two, fsdp=True, change=bitsandbytes_on_cpu
+    )
+    assert difference(shared.out, lone.out) < 1e-4
+    whole = lone.notes[0]["bytes"]["transformer"]
+    assert all(notes["bytes"]["transformer"] <= 0.6 * whole for notes in shared.notes)
+
+
+def test_fsdp_with_an_8_bit_base_is_refused_in_one_line(tiny_model, data, tmp_path):
+    argv = quantized(tmp_path, data, tiny_model, "int8")
+    result = train_together(2, argv, tmp_path, fsdp=True, check=False, change=bitsandbytes_on_cpu)
+    assert result.exit_statuses == [2, 2]
+    assert "FSDP shards only 4-bit weights" in result.outputs[0]
     assert "Traceback" not in "".join(result.outputs)
 
 

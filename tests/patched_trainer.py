@@ -1,0 +1,80 @@
+"""Test-only: runs the trainer with one thing about it changed, on the CPU.
+
+    python tests/patched_trainer.py velocity --pretrained_model_name_or_path=... (the trainer's flags)
+
+Most changes are faults that a trainer can have and still see its loss fall: tests/test_learning.py shows that it would
+notice each of them. `bitsandbytes_on_cpu` is none: it lets diffusers quantize without a GPU.
+"""
+
+import os
+import sys
+
+import torch
+
+import train_dreambooth_lora_z_image as trainer
+
+
+def velocity():
+    """The model's output is taken for the velocity, which is its negative."""
+    original = trainer.predict_velocity
+    trainer.predict_velocity = lambda *args: -original(*args)
+
+
+def time():
+    """The model is told t / 1000 in place of (1000 - t) / 1000."""
+    original = trainer.predict_velocity
+
+    def predict_velocity(transformer, *args):
+        return original(lambda x, time, *rest, **options: transformer(x, 1 - time, *rest, **options), *args)
+
+    trainer.predict_velocity = predict_velocity
+
+
+def latent_scale():
+    """The VAE's latents are used as they come, without shift and scale."""
+    trainer.encode_images = lambda vae, pixels, run: vae.encode(pixels).latent_dist.mode()
+
+
+def captions():
+    """Each picture is trained with the caption of another, half of the folder away."""
+    original = trainer.BucketBatchSampler.draw
+
+    def draw(self, kind, number, index):
+        examples = self.examples[kind]
+        other = examples[(index + len(examples) // 2) % len(examples)]
+        return original(self, kind, number, index)._replace(prompt=other.caption)
+
+    trainer.BucketBatchSampler.draw = draw
+
+
+def bf16_lora():
+    """The LoRA's weights are held in bfloat16, where small updates are rounded away."""
+    original = trainer.add_lora
+
+    def add_lora(*args):
+        parameters = original(*args)
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+        return parameters
+
+    trainer.add_lora = add_lora
+
+
+def bitsandbytes_on_cpu():
+    """bitsandbytes has kernels for the CPU; diffusers would not ask for them."""
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+
+    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
+        quantizer.validate_environment = lambda self, *args, **kwargs: None
+        quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+
+
+CHANGES = {change.__name__: change for change in (velocity, time, latent_scale, captions, bf16_lora)}
+CHANGES["bitsandbytes_on_cpu"] = bitsandbytes_on_cpu
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_USE_CPU"] = "1"
+    torch.set_num_threads(1)
+    CHANGES[sys.argv.pop(1)]()
+    sys.exit(trainer.run_command_line())
