@@ -1300,7 +1300,9 @@ def quantization_config(run):
             settings["bnb_4bit_compute_dtype"] = run.weight_dtype
         config = BitsAndBytesConfig(**settings)
         if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
-            raise ValueError("FSDP shards only 4-bit weights in a floating bnb_4bit_quant_storage, as configs/nf4.json")
+            raise ValueError(
+                "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
+            )
         DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
     except UserError as error:

@@ -676,10 +676,10 @@ def parse_args():
     parser.add_argument("--output_dir", default="tests/assets", help="where tiny-z-image/ and subjects/ go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="one thread each; another number, another model")
-    parser.add_argument("--pictures", type=int, default=14000, help="drawn for training, over all processes")
-    parser.add_argument("--vae_steps", type=int, default=700)
+    parser.add_argument("--pictures", type=int, default=16000, help="drawn for training, over all processes")
+    parser.add_argument("--vae_steps", type=int, default=900)
     parser.add_argument("--vae_batch", type=int, default=5, help="pictures per process and step")
-    parser.add_argument("--steps", type=int, default=1800, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=2200, help="of the transformer")
     parser.add_argument("--batch", type=int, default=16, help="latents per process and step")
     return parser.parse_args()
 
