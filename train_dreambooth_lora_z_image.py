@@ -90,6 +90,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -193,8 +194,8 @@ def build_parser():
         help="Hold the transformer in float8 and multiply in float8 (CUDA needs compute capability 8.9).")
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
-    add("--gradient_checkpointing", action="store_true",
-        help="Recompute each transformer block in the backward pass: less memory, more time.")
+    add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="SHARE",
+        help="Recompute the transformer's blocks, or a share of them, in the backward pass: less memory, more time.")
     add("--offload", action="store_true",
         help="Keep the text encoder and the VAE in host memory, on the device only while they encode.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
@@ -1398,9 +1399,24 @@ def load_transformer(run):
         transformer.to(device)
     if args.attention_backend or args.enable_npu_flash_attention:
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
-    if args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing):
-        transformer.enable_gradient_checkpointing()
+    share = args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing)
+    if share:
+        checkpoint_blocks(transformer, share)
     return transformer
+
+
+def checkpoint_blocks(transformer, share):
+    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass."""
+    recomputed = {
+        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
+    }
+
+    def run_block(block, *inputs):
+        if block in recomputed:
+            return recompute_in_backward(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    transformer.enable_gradient_checkpointing(run_block)
 
 
 class RealRopeEmbedder(RopeEmbedder):
