@@ -810,6 +810,7 @@ def test_a_signal_to_the_launcher_alone_saves_a_checkpoint(number, tiny_model, p
             stdout=file,
             stderr=file,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
     try:
         wait_until(lambda: "step 1/" in log.read_text("utf-8"), log)
