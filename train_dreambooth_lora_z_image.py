@@ -2361,8 +2361,10 @@ def list_trackers(report_to):
 
 def start_trackers(args, accelerator):
     """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
-    if args.hub_token:  # some store the command line
+    if args.hub_token:  # some store the command line, and one asks the kernel for it
         sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
+        if "swanlab" in map(str, accelerator.log_with):
+            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     try:
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
     except Exception as error:  # every tracker raises its own
