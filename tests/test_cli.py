@@ -1,4 +1,4 @@
-"""The command line: its flags and defaults, the specification's commands, LoRA targets, and mistakes of the user."""
+"""The command line: its flags and defaults, LoRA targets, and mistakes of the user."""
 
 import ast
 import json
@@ -6,12 +6,9 @@ import logging
 import os
 import re
 import runpy
-import shlex
 import shutil
-import string
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -20,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, SCRIPT, Finished, launch, lora_metadata, lora_tensors, run, run_script, train_args
+from tiny import ROOT, SCRIPT, Finished, lora_metadata, lora_tensors, run_script, train_args
 
 
 REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", "--instance_prompt=a dog"]
@@ -272,156 +269,6 @@ def test_arguments_come_from_a_file(mark, tmp_path):
 def test_a_later_flag_overrides_the_file(tmp_path):
     (tmp_path / "dog.args").write_text("--rank=8\n")
     assert trainer.parse_args([*REQUIRED, f"@{tmp_path / 'dog.args'}", "--rank=2"]).rank == 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The specification's commands, as printed
-# ---------------------------------------------------------------------------------------------------------------------
-
-MAIN_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --mixed_precision="bf16" \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --use_8bit_adam \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="adamW" \\
-  --learning_rate=1e-4 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-FP8_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --do_fp8_training \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --use_8bit_adam \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="adamW" \\
-  --learning_rate=1e-4 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-PRODIGY_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --mixed_precision="bf16" \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="prodigy" \\
-  --learning_rate=1.0 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant_with_warmup" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-# Drawing four pictures of 1024 pixels in 50 steps takes minutes without a GPU. So two more things are changed here:
-# the launched commands draw one picture in one step, and all but the main one do everything at 64 pixels. From Python
-# the main command draws all its pictures, at 64 pixels.
-SMALL = ("--resolution=64",)
-QUICK = ("--num_validation_images=1", "--validation_num_inference_steps=1")
-
-
-def flags_as_printed(command, model, data, out):
-    """The command's flags: model, folders, tracker, push and number of steps changed, and nothing else."""
-    text = string.Template(command).substitute(MODEL_NAME=model, INSTANCE_DIR=data, OUTPUT_DIR=out)
-    launcher, verb, script, *flags = shlex.split(text.replace("\\\n", " "))
-    assert (launcher, verb, script) == ("accelerate", "launch", SCRIPT.name)
-    changes = {"--report_to=wandb": "--report_to=tensorboard", "--max_train_steps=500": "--max_train_steps=2"}
-    flags = [changes.pop(flag, flag) for flag in flags if flag != "--push_to_hub"]
-    assert not changes
-    return flags
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    """The environment after `accelerate config default`, with everything that it writes in a folder of its own."""
-    environment = {"HF_HOME": str(tmp_path_factory.mktemp("hf-home"))}
-    run([Path(sys.executable).with_name("accelerate"), "config", "default"], env=environment)
-    return environment
-
-
-@pytest.fixture
-def one_photo(photos):
-    """A folder of one picture: enough for a run of which only the ending matters."""
-    for path in sorted(photos.iterdir())[1:]:
-        path.unlink()
-    return photos
-
-
-def assert_trained(out, dtype=torch.bfloat16):
-    tensors = lora_tensors(out)
-    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
-    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
-    assert list((out / "logs").rglob("events.out.tfevents.*"))
-    assert list((out / "samples").glob("*.png"))
-
-
-@pytest.mark.parametrize(
-    ("command", "changed"),
-    [(MAIN_COMMAND, QUICK), (FP8_COMMAND, QUICK + SMALL), (PRODIGY_COMMAND, QUICK + SMALL)],
-    ids=["main", "fp8", "prodigy"],
-)
-def test_command_of_the_specification_runs(command, changed, configured, tiny_model, one_photo, tmp_path):
-    out = tmp_path / "out"
-    flags = flags_as_printed(command, tiny_model, one_photo, out)
-    launch(*flags, *changed, launcher_flags=(), env=configured)
-    assert_trained(out)
-
-
-def test_command_of_the_specification_runs_from_python(tiny_model, one_photo, tmp_path):
-    out = tmp_path / "out"
-    code = (
-        "import sys\n"
-        "from accelerate.utils import write_basic_config\n"
-        "write_basic_config()\n"
-        "from train_dreambooth_lora_z_image import main, parse_args\n"
-        "main(parse_args(sys.argv[1:]))\n"
-    )
-    flags = flags_as_printed(MAIN_COMMAND, tiny_model, one_photo, out)
-    environment = {"HF_HOME": str(tmp_path / "hf-home"), "PYTHONPATH": str(ROOT)}
-    run([sys.executable, "-c", code, *flags, *SMALL], env=environment)
-    assert_trained(out)
 
 
 @pytest.mark.parametrize(

