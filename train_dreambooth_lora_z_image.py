@@ -2226,12 +2226,15 @@ def write_model_card(args, files):
         for name, value in loggable(args).items()
         if value != "None" and value is not False
     }
+    quantized = {"do_fp8_training": "float8", "bnb_quantization_config_path": "bitsandbytes' low precision"}
+    held = next((f", the base held in {kind}" for name, kind in quantized.items() if getattr(args, name)), "")
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
     rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
     body = f"""# {Path(args.output_dir).name}
 
 {"<Gallery />" if files else ""}
 
-A LoRA for {f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)}, trained with DreamBooth.
+A LoRA for {link}, trained with DreamBooth{held}.
 Trigger words: {inline_code(args.instance_prompt)}
 
 ```python
@@ -2243,7 +2246,7 @@ pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
 image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
 
-For ComfyUI, put the file in `comfyui/` into its folder `models/loras`.
+For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
 
 | flag | value |
 |---|---|
@@ -2420,7 +2423,25 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
         lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
     memory = expected_memory(buckets, targets, run)
     lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
+    if args.dry_run:
+        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(buckets, targets, run).items()]
     return lines
+
+
+def other_flags(buckets, targets, run):
+    """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
+    flags = ["gradient_checkpointing", "cache_latents"]
+    if run.args.optimizer == "adamw":
+        flags.append("use_8bit_adam")
+    if not run.args.bnb_quantization_config_path:
+        flags.append("do_fp8_training")
+    peaks = {}
+    for flag in flags:
+        given = getattr(run.args, flag)
+        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
+        peak = expected_memory(buckets, targets, other)["training"]
+        peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
+    return peaks
 
 
 def find_duplicates(examples):

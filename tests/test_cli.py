@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
 from tiny import ROOT, SCRIPT, Finished, lora_metadata, lora_tensors, run_script, train_args
@@ -515,3 +516,63 @@ def test_rounding_of_the_resolution_is_announced(run_here, model_without_weights
 def test_a_resolution_that_fits_is_not_announced_as_rounded(run_here, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=96, dry_run=True))
     assert finished.returncode == 0 and "rounded" not in finished.output, finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan of --dry_run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_becomes_of_the_pictures_and_captions(run_here, model_without_weights, photos, tmp_path):
+    for path in photos.iterdir():
+        if path.name not in ("astronaut.jpg", "coffee.jpg"):  # of 128 x 128 and 192 x 128
+            path.unlink()
+    shutil.copy(photos / "coffee.jpg", photos / "tea.jpg")
+    Image.new("RGB", (48, 48)).save(photos / "dot.png")
+    (photos / "dot.txt").write_text("x" * 600 + " end", encoding="utf-8")
+    flags = {"aspect_ratio_buckets": "64,64;64,96", "train_batch_size": 2, "max_train_steps": 5, "repeats": 2}
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **flags))
+    assert finished.returncode == 0 and not (tmp_path / "out").exists(), finished
+    for line in (
+        "4 instance pictures:",
+        "  2 at height 64, width 64: scaled to 50% to 133%, 0% cut off on average",
+        "  2 at height 64, width 96: scaled to 50% to 50%, 0% cut off on average",
+        f"  1 are smaller than that and enlarged, such as {photos / 'dot.png'}",
+        f"  the same picture twice: {photos / 'coffee.jpg'} and {photos / 'tea.jpg'}",
+        "5 steps of 2 pictures: 1.2 epochs of 8 samples",
+    ):
+        assert line in finished.stderr.splitlines(), finished
+    assert re.search(r"--max_sequence_length 512 cuts a prompt of \d+ tokens: 'x+'\.\.\. ends at", finished.stderr)
+
+
+def test_the_plan_counts_the_parameters_that_a_run_saves(run_here, tiny_model, photos, tmp_path):
+    args = train_args(tiny_model, photos, tmp_path / "out", lora_layers="to_q,ff.net.2", rank=2, max_train_steps=1)
+    finished = run_here(*args)
+    counts = dict(re.findall(r"LoRA on (\S+): .* ([\d,]+) parameters", finished.stderr))
+    tensors = lora_tensors(tmp_path / "out")
+    for name, end in {"to_q": ".to_q.", "ff.net.2": ".w2."}.items():
+        saved = sum(tensor.numel() for key, tensor in tensors.items() if end in key)
+        assert int(counts[name].replace(",", "")) == saved > 0
+
+
+SAVE_MEMORY = ("gradient_checkpointing", "cache_latents", "use_8bit_adam", "do_fp8_training")
+
+
+@pytest.mark.parametrize("given", [(), SAVE_MEMORY], ids=["none given", "all given"])
+def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_model):
+    required = [f"--pretrained_model_name_or_path={tiny_model}", *REQUIRED[1:]]
+    model = trainer.check_model(trainer.parse_args(required))
+    targets = trainer.resolve_lora_layers("to_q", model.transformer_config)
+
+    def run_with(*flags):
+        args = trainer.parse_args([*required, *(f"--{flag}" for flag in flags)])
+        return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, None, model, 0, torch.bfloat16)
+
+    base, others = trainer.expected_memory(*run_with(*given))["training"], trainer.other_flags(*run_with(*given))
+    assert {line.split("--")[1] for line in others} == set(SAVE_MEMORY)
+    for line, expected in others.items():
+        verb, flag = line.split(" --")
+        changed = {*given} - {flag} if verb == "without" else {*given, flag}
+        assert expected == trainer.expected_memory(*run_with(*changed))["training"]
+        assert (expected > base) is (verb == "without") is (flag in given)
+    assert not [line for line in trainer.other_flags(*run_with("optimizer=prodigy")) if "8bit" in line]

@@ -419,6 +419,14 @@ def test_the_card_names_base_model_licence_library_and_trigger_words(tmp_path):
     assert "https://huggingface.co/Tongyi-MAI/Z-Image" in card
 
 
+def test_the_card_says_in_what_the_base_was_held_if_it_was_quantized(tmp_path):
+    assert "trained with DreamBooth.\n" in write_card(tmp_path)
+    assert "trained with DreamBooth, the base held in float8.\n" in write_card(tmp_path, "--do_fp8_training")
+    card = write_card(tmp_path, "--bnb_quantization_config_path=configs/nf4.json")
+    assert "held in bitsandbytes' low precision.\n" in card
+    assert flags_table(card)["bnb_quantization_config_path"] == '"configs/nf4.json"'
+
+
 def test_a_local_base_model_is_no_base_model_on_the_hub_and_no_link(tmp_path):
     card = write_card(tmp_path, model=tmp_path)
     assert "base_model" not in front_matter(card)
