@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -38,12 +39,12 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import statistics
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -2040,14 +2041,32 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
     if kind == "step":
         save_contact_sheet(folder, prompts)
     for prompt, text in enumerate(prompts):
-        pixels = torch.stack(
-            [picture_tensor(images[prompt, number]) for number in range(run.args.num_validation_images)]
-        )
+        side_by_side = torch.cat([picture_tensor(row[prompt]) for row in rows], dim=1).numpy()
         for tracker in run.accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({f"validation/{prompt}: {text[:60]}": pixels.numpy()}, step=step, **layout)
+            log_picture(tracker, prompt, text, side_by_side, step)
     return list(files.values())
+
+
+def log_picture(tracker, prompt, text, picture, step):
+    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
+    key = f"validation/prompt-{prompt}"  # some make a file's name of it
+    label = f"validation/{prompt}: {text[:60]}"
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({label: picture}, step=step, dataformats="HWC")
+        case "clearml":
+            tracker.log_images({label: picture}, step=step)
+        case "aim":
+            tracker.log_images({key: (picture, text)}, step=step)
+        case "wandb" | "swanlab" | "trackio":
+            image = importlib.import_module(tracker.name).Image
+            tracker.log({key: image(picture, caption=text)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(picture, name=label, step=step)
+        case "mlflow":
+            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
+        case "dvclive":
+            tracker.tracker.log_image(f"{key}/{step}.png", picture)
 
 
 def save_contact_sheet(folder, prompts):
@@ -2067,17 +2086,14 @@ def save_sheet(rows, row_labels, column_labels, path):
     size = max(rows[0][0].size)
     side = min(256, size * math.ceil(128 / size))
     resample = Image.Resampling.NEAREST if side > size else Image.Resampling.BICUBIC
-    font_size = max(11, side // 14)
-    font = caption_font(font_size, "".join(column_labels))
-    if font is None:  # no font here has these characters: numbers then, and the prompts in a text beside
+    font = caption_font(max(11, side // 14), "".join(column_labels))
+    labels = [" ".join(label.split()) or "(empty)" for label in column_labels]
+    unreadable = [2 * len(missing_glyphs(font, label)) > len(set(label)) for label in labels]
+    if any(unreadable):  # no font here has these characters: numbers then, and the prompts in a text beside
         path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
-        column_labels = [f"prompt {number} (see prompts.txt)" for number in range(len(column_labels))]
-        font = ImageFont.load_default(font_size)
-    margin, line = 5 * font.size, round(1.3 * font.size)
-    lines = []
-    for label in (" ".join(label.split()) or "(empty)" for label in column_labels):
-        width = max(8, int(0.9 * side / font.getlength(label) * len(label)))
-        lines.append(textwrap.wrap(label, width, max_lines=4, placeholder="..."))
+    labels = [f"prompt {n} (see prompts.txt)" if unreadable[n] else label for n, label in enumerate(labels)]
+    margin, line = round(max(map(font.getlength, row_labels)) + font.size), round(1.3 * font.size)
+    lines = [wrap_text(label, font, side - font.size // 2) for label in labels]
     top = line * max(map(len, lines)) + line // 2
     sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -2091,16 +2107,41 @@ def save_sheet(rows, row_labels, column_labels, path):
     sheet.save(path)
 
 
+def wrap_text(text, font, width, max_lines=4):
+    """Lines of `text` that are at most `width` pixels wide, broken at spaces and between Chinese characters."""
+    lines = [""]
+    for piece in re.findall(r"\s+|[\u2e80-\uffef][,.:;!?\u3001-\u3011\uff00-\uff1f]*|[^\s\u2e80-\uffef]+", text[:500]):
+        if lines[-1] and font.getlength(lines[-1] + piece) > width:
+            lines.append("")
+            piece = piece.lstrip()
+        for character in piece:  # a word can be longer than a line
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines[max_lines - 1 :] = [last.rstrip() + "..."]
+    return [line.rstrip() for line in lines]
+
+
+def missing_glyphs(font, text):
+    """The characters of `text` for which a font has no picture."""
+    absent = bytes(font.getmask("\uffff"))
+    return {character for character in text if not character.isspace() and bytes(font.getmask(character)) == absent}
+
+
 def caption_font(size, text):
-    """A font for `text`: Pillow's own, or for other scripts the first CJK font of the system, or None."""
-    if text.isascii():
-        return ImageFont.load_default(size)
+    """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
+    fonts = [ImageFont.load_default(size)]
     for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
-        for pattern in ("*CJK*.[ot]t[cf]", "wqy*.tt[cf]", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
-            for path in sorted(Path(folder).rglob(pattern)):
-                with contextlib.suppress(OSError):
-                    return ImageFont.truetype(str(path), size)
-    return None
+        for pattern in ("*Sans*CJK*Regular*", "*CJK*", "wqy*", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
+            for path in sorted(Path(folder).rglob(pattern + ".[ot]t[cf]")):
+                if missing_glyphs(fonts[-1], text):
+                    with contextlib.suppress(OSError):
+                        fonts.append(ImageFont.truetype(str(path), size))
+    return min(fonts, key=lambda font: len(missing_glyphs(font, text)))
 
 
 HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
@@ -2205,12 +2246,15 @@ def write_model_card(args, files):
         for name, value in loggable(args).items()
         if value != "None" and value is not False
     }
+    quantized = {"do_fp8_training": "float8", "bnb_quantization_config_path": "bitsandbytes' low precision"}
+    held = next((f", the base held in {kind}" for name, kind in quantized.items() if getattr(args, name)), "")
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
     rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
     body = f"""# {Path(args.output_dir).name}
 
 {"<Gallery />" if files else ""}
 
-A LoRA for {f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)}, trained with DreamBooth.
+A LoRA for {link}, trained with DreamBooth{held}.
 Trigger words: {inline_code(args.instance_prompt)}
 
 ```python
@@ -2222,7 +2266,7 @@ pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
 image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
 
-For ComfyUI, put the file in `comfyui/` into its folder `models/loras`.
+For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
 
 | flag | value |
 |---|---|
@@ -2338,6 +2382,18 @@ def list_trackers(report_to):
     return names
 
 
+def start_trackers(args, accelerator):
+    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
+    if args.hub_token:  # some store the command line, and one asks the kernel for it
+        sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
+        if "swanlab" in map(str, accelerator.log_with):
+            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
+    try:
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
+    except Exception as error:  # every tracker raises its own
+        raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
+
+
 def choose_seed(args, checkpoint, accelerator):
     """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
     if args.seed is not None:
@@ -2387,7 +2443,25 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
         lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
     memory = expected_memory(buckets, targets, run)
     lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
+    if args.dry_run:
+        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(buckets, targets, run).items()]
     return lines
+
+
+def other_flags(buckets, targets, run):
+    """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
+    flags = ["gradient_checkpointing", "cache_latents"]
+    if run.args.optimizer == "adamw":
+        flags.append("use_8bit_adam")
+    if not run.args.bnb_quantization_config_path:
+        flags.append("do_fp8_training")
+    peaks = {}
+    for flag in flags:
+        given = getattr(run.args, flag)
+        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
+        peak = expected_memory(buckets, targets, other)["training"]
+        peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
+    return peaks
 
 
 def find_duplicates(examples):
@@ -2683,6 +2757,7 @@ def main(args):
     if accelerator.is_main_process:
         prepare_output(args, checkpoint)
     accelerator.wait_for_everyone()
+    start_trackers(args, accelerator)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
@@ -2712,10 +2787,6 @@ def main(args):
         compile_blocks(transformer)
 
     # Training
-    if args.report_to != "none":
-        if args.hub_token:  # wandb stores the command line
-            sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
     validation = Validation(transformer, dataset, checkpoint, run)
     every = args.validation_epochs * schedule.updates_per_epoch
     if first_update % every == 0 and first_update < schedule.max_train_steps:

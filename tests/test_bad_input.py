@@ -477,9 +477,21 @@ BROKEN_METADATA = {
 }
 
 
-@pytest.mark.parametrize("content", BROKEN_METADATA.values(), ids=BROKEN_METADATA)
-def test_a_broken_metadata_file_is_refused_by_name(content, answer, tiny_model, photos, tmp_path):
-    path = photos / "metadata.jsonl"
+BROKEN_CAPTIONS = {
+    "Latin-1": "für".encode("latin-1"),
+    "UTF-16": "a cat".encode("utf-16"),
+    "GBK": "一张猫的照片".encode("gbk"),
+    "a picture": b"\x89PNG\r\n\x1a\n",
+    "cut character": "猫".encode()[:2],
+    "encoded surrogate": b"a \xed\xa0\x80 cat",
+}
+BROKEN = {f"metadata {kind}": ("metadata.jsonl", content) for kind, content in BROKEN_METADATA.items()}
+BROKEN |= {f"caption {kind}": ("cat.txt", content) for kind, content in BROKEN_CAPTIONS.items()}
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_metadata_file_or_caption_is_refused_by_name(name, content, answer, tiny_model, photos, tmp_path):
+    path = photos / name
     path.write_bytes(content)
     status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
     assert str(path) in error_line(text, status)
@@ -507,25 +519,6 @@ def test_an_unusual_metadata_file_is_read(content, photos):
     args = trainer.parse_args(train_args("model", photos, "out"))
     (cat,) = [e for e in trainer.load_all_examples(args)["instance"] if e.name.endswith("cat.png")]
     assert cat.caption == ("a cat" if b"a cat" in content else "a photo of sks dog")
-
-
-BROKEN_CAPTIONS = {
-    "Latin-1": "für".encode("latin-1"),
-    "UTF-16": "a cat".encode("utf-16"),
-    "GBK": "一张猫的照片".encode("gbk"),
-    "a picture": b"\x89PNG\r\n\x1a\n",
-    "cut character": "猫".encode()[:2],
-    "encoded surrogate": b"a \xed\xa0\x80 cat",
-}
-
-
-@pytest.mark.parametrize("content", BROKEN_CAPTIONS.values(), ids=BROKEN_CAPTIONS)
-def test_a_caption_that_is_not_utf_8_is_refused_by_name(content, answer, tiny_model, photos, tmp_path):
-    path = photos / "cat.txt"
-    path.write_bytes(content)
-    status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
-    assert str(path) in error_line(text, status)
-    assert path.read_bytes() == content
 
 
 UNUSUAL_CAPTIONS = {

@@ -1,4 +1,4 @@
-"""The command line: its flags and defaults, the specification's commands, LoRA targets, and mistakes of the user."""
+"""The command line: its flags and defaults, LoRA targets, and mistakes of the user."""
 
 import ast
 import json
@@ -6,21 +6,19 @@ import logging
 import os
 import re
 import runpy
-import shlex
 import shutil
-import string
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, SCRIPT, Finished, launch, lora_metadata, lora_tensors, run, run_script, train_args
+from tiny import ROOT, SCRIPT, Finished, lora_metadata, lora_tensors, run_script, train_args
 
 
 REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", "--instance_prompt=a dog"]
@@ -274,156 +272,6 @@ def test_a_later_flag_overrides_the_file(tmp_path):
     assert trainer.parse_args([*REQUIRED, f"@{tmp_path / 'dog.args'}", "--rank=2"]).rank == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The specification's commands, as printed
-# ---------------------------------------------------------------------------------------------------------------------
-
-MAIN_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --mixed_precision="bf16" \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --use_8bit_adam \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="adamW" \\
-  --learning_rate=1e-4 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-FP8_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --do_fp8_training \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --use_8bit_adam \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="adamW" \\
-  --learning_rate=1e-4 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-PRODIGY_COMMAND = """
-accelerate launch train_dreambooth_lora_z_image.py \\
-  --pretrained_model_name_or_path=$MODEL_NAME  \\
-  --instance_data_dir=$INSTANCE_DIR \\
-  --output_dir=$OUTPUT_DIR \\
-  --mixed_precision="bf16" \\
-  --gradient_checkpointing \\
-  --cache_latents \\
-  --instance_prompt="a photo of sks dog" \\
-  --resolution=1024 \\
-  --train_batch_size=1 \\
-  --guidance_scale=5.0 \\
-  --gradient_accumulation_steps=4 \\
-  --optimizer="prodigy" \\
-  --learning_rate=1.0 \\
-  --report_to="wandb" \\
-  --lr_scheduler="constant_with_warmup" \\
-  --lr_warmup_steps=100 \\
-  --max_train_steps=500 \\
-  --validation_prompt="A photo of sks dog in a bucket" \\
-  --validation_epochs=25 \\
-  --seed="0" \\
-  --push_to_hub
-"""
-
-# Drawing four pictures of 1024 pixels in 50 steps takes minutes without a GPU. So two more things are changed here:
-# the launched commands draw one picture in one step, and all but the main one do everything at 64 pixels. From Python
-# the main command draws all its pictures, at 64 pixels.
-SMALL = ("--resolution=64",)
-QUICK = ("--num_validation_images=1", "--validation_num_inference_steps=1")
-
-
-def flags_as_printed(command, model, data, out):
-    """The command's flags: model, folders, tracker, push and number of steps changed, and nothing else."""
-    text = string.Template(command).substitute(MODEL_NAME=model, INSTANCE_DIR=data, OUTPUT_DIR=out)
-    launcher, verb, script, *flags = shlex.split(text.replace("\\\n", " "))
-    assert (launcher, verb, script) == ("accelerate", "launch", SCRIPT.name)
-    changes = {"--report_to=wandb": "--report_to=tensorboard", "--max_train_steps=500": "--max_train_steps=2"}
-    flags = [changes.pop(flag, flag) for flag in flags if flag != "--push_to_hub"]
-    assert not changes
-    return flags
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory):
-    """The environment after `accelerate config default`, with everything that it writes in a folder of its own."""
-    environment = {"HF_HOME": str(tmp_path_factory.mktemp("hf-home"))}
-    run([Path(sys.executable).with_name("accelerate"), "config", "default"], env=environment)
-    return environment
-
-
-@pytest.fixture
-def one_photo(photos):
-    """A folder of one picture: enough for a run of which only the ending matters."""
-    for path in sorted(photos.iterdir())[1:]:
-        path.unlink()
-    return photos
-
-
-def assert_trained(out, dtype=torch.bfloat16):
-    tensors = lora_tensors(out)
-    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
-    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
-    assert list((out / "logs").rglob("events.out.tfevents.*"))
-    assert list((out / "samples").glob("*.png"))
-
-
-@pytest.mark.parametrize(
-    ("command", "changed"),
-    [(MAIN_COMMAND, QUICK), (FP8_COMMAND, QUICK + SMALL), (PRODIGY_COMMAND, QUICK + SMALL)],
-    ids=["main", "fp8", "prodigy"],
-)
-def test_command_of_the_specification_runs(command, changed, configured, tiny_model, one_photo, tmp_path):
-    out = tmp_path / "out"
-    flags = flags_as_printed(command, tiny_model, one_photo, out)
-    launch(*flags, *changed, launcher_flags=(), env=configured)
-    assert_trained(out)
-
-
-def test_command_of_the_specification_runs_from_python(tiny_model, one_photo, tmp_path):
-    out = tmp_path / "out"
-    code = (
-        "import sys\n"
-        "from accelerate.utils import write_basic_config\n"
-        "write_basic_config()\n"
-        "from train_dreambooth_lora_z_image import main, parse_args\n"
-        "main(parse_args(sys.argv[1:]))\n"
-    )
-    flags = flags_as_printed(MAIN_COMMAND, tiny_model, one_photo, out)
-    environment = {"HF_HOME": str(tmp_path / "hf-home"), "PYTHONPATH": str(ROOT)}
-    run([sys.executable, "-c", code, *flags, *SMALL], env=environment)
-    assert_trained(out)
-
-
 @pytest.mark.parametrize(
     ("capability", "accepted"), [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
 )
@@ -668,3 +516,63 @@ def test_rounding_of_the_resolution_is_announced(run_here, model_without_weights
 def test_a_resolution_that_fits_is_not_announced_as_rounded(run_here, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=96, dry_run=True))
     assert finished.returncode == 0 and "rounded" not in finished.output, finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan of --dry_run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_becomes_of_the_pictures_and_captions(run_here, model_without_weights, photos, tmp_path):
+    for path in photos.iterdir():
+        if path.name not in ("astronaut.jpg", "coffee.jpg"):  # of 128 x 128 and 192 x 128
+            path.unlink()
+    shutil.copy(photos / "coffee.jpg", photos / "tea.jpg")
+    Image.new("RGB", (48, 48)).save(photos / "dot.png")
+    (photos / "dot.txt").write_text("x" * 600 + " end", encoding="utf-8")
+    flags = {"aspect_ratio_buckets": "64,64;64,96", "train_batch_size": 2, "max_train_steps": 5, "repeats": 2}
+    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **flags))
+    assert finished.returncode == 0 and not (tmp_path / "out").exists(), finished
+    for line in (
+        "4 instance pictures:",
+        "  2 at height 64, width 64: scaled to 50% to 133%, 0% cut off on average",
+        "  2 at height 64, width 96: scaled to 50% to 50%, 0% cut off on average",
+        f"  1 are smaller than that and enlarged, such as {photos / 'dot.png'}",
+        f"  the same picture twice: {photos / 'coffee.jpg'} and {photos / 'tea.jpg'}",
+        "5 steps of 2 pictures: 1.2 epochs of 8 samples",
+    ):
+        assert line in finished.stderr.splitlines(), finished
+    assert re.search(r"--max_sequence_length 512 cuts a prompt of \d+ tokens: 'x+'\.\.\. ends at", finished.stderr)
+
+
+def test_the_plan_counts_the_parameters_that_a_run_saves(run_here, tiny_model, photos, tmp_path):
+    args = train_args(tiny_model, photos, tmp_path / "out", lora_layers="to_q,ff.net.2", rank=2, max_train_steps=1)
+    finished = run_here(*args)
+    counts = dict(re.findall(r"LoRA on (\S+): .* ([\d,]+) parameters", finished.stderr))
+    tensors = lora_tensors(tmp_path / "out")
+    for name, end in {"to_q": ".to_q.", "ff.net.2": ".w2."}.items():
+        saved = sum(tensor.numel() for key, tensor in tensors.items() if end in key)
+        assert int(counts[name].replace(",", "")) == saved > 0
+
+
+SAVE_MEMORY = ("gradient_checkpointing", "cache_latents", "use_8bit_adam", "do_fp8_training")
+
+
+@pytest.mark.parametrize("given", [(), SAVE_MEMORY], ids=["none given", "all given"])
+def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_model):
+    required = [f"--pretrained_model_name_or_path={tiny_model}", *REQUIRED[1:]]
+    model = trainer.check_model(trainer.parse_args(required))
+    targets = trainer.resolve_lora_layers("to_q", model.transformer_config)
+
+    def run_with(*flags):
+        args = trainer.parse_args([*required, *(f"--{flag}" for flag in flags)])
+        return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, None, model, 0, torch.bfloat16)
+
+    base, others = trainer.expected_memory(*run_with(*given))["training"], trainer.other_flags(*run_with(*given))
+    assert {line.split("--")[1] for line in others} == set(SAVE_MEMORY)
+    for line, expected in others.items():
+        verb, flag = line.split(" --")
+        changed = {*given} - {flag} if verb == "without" else {*given, flag}
+        assert expected == trainer.expected_memory(*run_with(*changed))["training"]
+        assert (expected > base) is (verb == "without") is (flag in given)
+    assert not [line for line in trainer.other_flags(*run_with("optimizer=prodigy")) if "8bit" in line]

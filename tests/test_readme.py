@@ -1,13 +1,33 @@
-"""README.md agrees with the program. `python tests/test_readme.py` writes the table of flags into it anew."""
+"""README.md agrees with the program, and what it prints runs, with a small model in the place of the real one.
 
+`python tests/test_readme.py` writes the table of flags into it anew.
+"""
+
+import inspect
 import re
+import shlex
+import string
+import sys
 from pathlib import Path
 
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
 import train_dreambooth_lora_z_image as trainer
+from tiny import ROOT, SCRIPT, launch, lora_tensors, run, train_args
 
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- flags -->\n", "<!-- /flags -->\n"
+
+
+def blocks(language):
+    """README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def flags_table():
@@ -49,6 +69,179 @@ def test_every_file_that_the_readme_names_exists():
     names = re.findall(r"(?:configs|tests)/[\w./-]+\w", README.read_text(encoding="utf-8"))
     missing = [name for name in names if not (README.parent / name).exists()]
     assert len(names) > 10 and not missing
+
+
+# The commands of the specification, which users of this family of trainers type.
+MAIN_COMMAND = """
+accelerate launch train_dreambooth_lora_z_image.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME  \\
+  --instance_data_dir=$INSTANCE_DIR \\
+  --output_dir=$OUTPUT_DIR \\
+  --mixed_precision="bf16" \\
+  --gradient_checkpointing \\
+  --cache_latents \\
+  --instance_prompt="a photo of sks dog" \\
+  --resolution=1024 \\
+  --train_batch_size=1 \\
+  --guidance_scale=5.0 \\
+  --use_8bit_adam \\
+  --gradient_accumulation_steps=4 \\
+  --optimizer="adamW" \\
+  --learning_rate=1e-4 \\
+  --report_to="wandb" \\
+  --lr_scheduler="constant" \\
+  --lr_warmup_steps=100 \\
+  --max_train_steps=500 \\
+  --validation_prompt="A photo of sks dog in a bucket" \\
+  --validation_epochs=25 \\
+  --seed="0" \\
+  --push_to_hub
+"""
+CHANGES = {
+    "main": {},
+    "fp8": {'--mixed_precision="bf16"': "--do_fp8_training"},
+    "prodigy": {
+        "  --use_8bit_adam \\\n": "",
+        '"adamW"': '"prodigy"',
+        "1e-4": "1.0",
+        '"constant"': '"constant_with_warmup"',
+    },
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_the_commands_of_the_specification_are_printed(changes):
+    command = MAIN_COMMAND
+    for old, new in changes.items():
+        assert command.count(old) == 1
+        command = command.replace(old, new)
+    assert [block.endswith(command) for block in blocks("bash")].count(True) == 1
+
+
+COMMANDS = [block for block in blocks("bash") if "accelerate launch" in block]
+
+
+def words_of(block):
+    """The words of the block's last line, `accelerate launch ...`, with the variables that the block exports."""
+    lines = block.replace("\\\n", " ").strip().splitlines()
+    exported = dict(shlex.split(line)[1].split("=", 1) for line in lines if line.startswith("export "))
+    return shlex.split(string.Template(lines[-1]).substitute(exported))
+
+
+def small_flags(model, data, out, resolution=64):
+    """Flags after a printed command, where the last one wins: the small model, and a run of seconds.
+
+    Drawing pictures of 1024 pixels in 50 steps takes minutes without a GPU.
+    """
+    changes = {"report_to": "tensorboard", "resolution": resolution}
+    drawing = {"num_validation_images": 1, "validation_num_inference_steps": 1, "skip_final_inference": None}
+    return train_args(model, data, out, **changes, **drawing, instance_prompt=None, seed=None, train_batch_size=None)
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """The environment after `accelerate config default`, with everything that it writes in a folder of its own."""
+    environment = {"HF_HOME": str(tmp_path_factory.mktemp("hf-home"))}
+    run([Path(sys.executable).with_name("accelerate"), "config", "default"], env=environment)
+    return environment
+
+
+@pytest.fixture
+def one_photo(photos):
+    """A folder of one picture: enough for a run of which only the ending matters."""
+    for path in sorted(photos.iterdir())[1:]:
+        path.unlink()
+    return photos
+
+
+def assert_trained(out, dtype=torch.bfloat16):
+    tensors = lora_tensors(out)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=["first run", "main", "recipes", "fp8", "prodigy"])
+def test_a_printed_command_runs(block, configured, tiny_model, one_photo, tmp_path):
+    words = words_of(block)
+    script = words.index(SCRIPT.name)
+    flags = [word for word in words[script + 1 :] if word != "--push_to_hub"]
+    first_run = "@configs/first_run.args" in flags
+    own = small_flags(tiny_model, one_photo, tmp_path, 1024 if block.endswith(MAIN_COMMAND) else 64)
+    if first_run:  # its model and pictures come with the repository
+        own = [flag for flag in own if not flag.startswith(("--pretrained_model", "--instance_data"))]
+    launch(*flags, *own, launcher_flags=words[2:script], env=configured)
+    assert_trained(tmp_path, torch.float32 if first_run else torch.bfloat16)
+    assert list((tmp_path / "samples").glob("*.png")) or "--validation_prompt" not in block
+
+
+def test_the_main_command_runs_from_python(tiny_model, one_photo, tmp_path):
+    code = (
+        "import sys\n"
+        "from accelerate.utils import write_basic_config\n"
+        "write_basic_config()\n"
+        "from train_dreambooth_lora_z_image import main, parse_args\n"
+        "main(parse_args(sys.argv[1:]))\n"
+    )
+    main_block = next(block for block in COMMANDS if block.endswith(MAIN_COMMAND))
+    flags = [word for word in words_of(main_block)[3:] if word != "--push_to_hub"]
+    environment = {"HF_HOME": str(tmp_path / "hf-home"), "PYTHONPATH": str(ROOT)}
+    run([sys.executable, "-c", code, *flags, *small_flags(tiny_model, one_photo, tmp_path / "out")], env=environment)
+    assert_trained(tmp_path / "out")
+
+
+def test_flags_that_are_printed_alone_are_accepted():
+    required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
+    alone = [block for block in blocks("bash") if block.startswith("--")]
+    assert len(alone) == 2
+    for block in alone:
+        trainer.parse_args([*required, *shlex.split(block)])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, shared_photos, tmp_path_factory):
+    """The output folder of a short run."""
+    out = tmp_path_factory.mktemp("trained")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.main(trainer.parse_args(train_args(tiny_model, shared_photos, out, learning_rate=0.01)))
+    return out
+
+
+def test_the_printed_python_loads_draws_with_and_fuses_the_lora(trained, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    downloads, *programs = blocks("python")
+    namespace = {}
+    for program in programs:
+        for real, small in {
+            "Tongyi-MAI/Z-Image": tiny_model,
+            '"trained-z-image-lora"': repr(str(trained)),
+            '"cuda"': '"cpu"',
+            "1024": "64",
+            "num_inference_steps=50": "num_inference_steps=1",
+        }.items():
+            program = program.replace(real, str(small))
+        exec(program, namespace)
+    assert Image.open("output.png").size == namespace["image"].size == (64, 64)
+    before = trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
+    after = namespace["pipe"].transformer.state_dict()
+    changed = {name for name in before if (after[name].float() - before[name]).abs().max() > 0.01}
+    assert changed and all(".attention.to_" in name for name in changed)
+
+
+def test_the_printed_download_is_one_that_the_library_takes(monkeypatch):
+    signature, taken = inspect.signature(huggingface_hub.snapshot_download), []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **kw: taken.append(signature.bind(*args, **kw))
+    )
+    exec(blocks("python")[0], {})
+    assert taken[0].arguments["repo_type"] == "dataset"
+
+
+def test_the_printed_fsdp_section_is_that_of_the_config():
+    (printed,) = map(yaml.safe_load, blocks("yaml"))
+    config = yaml.safe_load((ROOT / "configs" / "fsdp.yaml").read_text(encoding="utf-8"))
+    assert printed == {name: config[name] for name in printed}
+    assert "fsdp_config" in printed
 
 
 if __name__ == "__main__":

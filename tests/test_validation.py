@@ -4,6 +4,7 @@ The runs are of a few steps in this process; several tests look at the same ones
 `ZImagePipeline` itself draws from the same noise.
 """
 
+import itertools
 import pickle
 import random
 import re
@@ -360,19 +361,57 @@ def test_a_caption_that_is_cut_says_so(tmp_path, monkeypatch):
     assert (whole, row) == ("a dog in the snow", "step 0")
 
 
-def test_without_a_font_for_the_script_captions_are_numbers_and_a_text_beside(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "caption_font", lambda size, text: None)
+@pytest.mark.parametrize("text", [DOG_IN_BUCKET * 2, "a photo of sks dog in a bucket", "word" * 9, "狗,在桶里。" * 5])
+@pytest.mark.parametrize("width", [70, 118])
+def test_a_caption_is_wrapped_within_its_picture_and_loses_nothing(text, width):
+    font = ImageFont.load_default(11)
+    lines = trainer.wrap_text(text, font, width, max_lines=99)
+    assert max(map(font.getlength, lines)) <= width
+    assert all(font.getlength(" ".join(pair)) > width for pair in itertools.pairwise(lines))
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert not [line for line in lines if line[0] in " ,。"]
+
+
+def test_labels_of_rows_are_whole_however_long(tmp_path):
+    """The margin has room for them: a picture covers none of their pixels."""
     picture = Image.new("RGB", (SIDE, SIDE), "red")
-    trainer.save_sheet([[picture] * 2], ["step 0"], [DOG_IN_BUCKET, "a cat"], tmp_path / "sheet.png")
-    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == f"{DOG_IN_BUCKET}\na cat\n"
-    assert cells(tmp_path / "sheet.png").shape[:2] == (1, 2)
+    trainer.save_sheet([[picture]], ["step 1234567"], ["a cat"], tmp_path / "sheet.png")
+    sheet = pixels(tmp_path / "sheet.png")
+    margin = sheet.shape[1] - 128
+    assert (sheet[:, margin - 3 : margin] == 255).all() and (sheet[:, :margin] < 128).any()
+
+
+def test_without_a_font_for_the_script_captions_are_numbers_and_a_text_beside(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(trainer, "caption_font", lambda size, text: ImageFont.load_default(size))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, position, text, *args: drawn.append(text))
+    picture = Image.new("RGB", (SIDE, SIDE), "red")
+    trainer.save_sheet([[picture] * 3], ["step 0"], [DOG_IN_BUCKET, "a cat", "a 🐶 dog"], tmp_path / "sheet.png")
+    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == f"{DOG_IN_BUCKET}\na cat\na 🐶 dog\n"
+    assert drawn == ["prompt 0 (see", "prompts.txt)", "a cat", "a 🐶 dog", "step 0"]
+    assert cells(tmp_path / "sheet.png").shape[:2] == (1, 3)
 
 
 def test_a_font_of_the_users_is_found_for_chinese_captions(tmp_path, monkeypatch):
+    mine = tmp_path / ".fonts" / "SomeCJK-Regular.ttf"
+    mine.parent.mkdir()
+    mine.write_bytes(ImageFont.load_default(12).font_bytes)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".fonts").mkdir()
-    (tmp_path / ".fonts" / "SomeCJK-Regular.ttf").write_bytes(ImageFont.load_default(12).font_bytes)
-    assert trainer.caption_font(12, DOG_IN_BUCKET).size == 12
+    monkeypatch.setattr(trainer, "missing_glyphs", lambda font, text: set() if font.path == str(mine) else set(text))
+    assert trainer.caption_font(12, DOG_IN_BUCKET).path == str(mine)
+
+
+def test_the_font_of_a_chinese_caption_has_its_characters(tmp_path):
+    font = trainer.caption_font(18, DOG_IN_BUCKET)
+    if font.path == ImageFont.load_default(18).path:
+        pytest.skip("no Chinese font on this machine")
+    assert not trainer.missing_glyphs(font, DOG_IN_BUCKET)
+    assert trainer.missing_glyphs(ImageFont.load_default(18), DOG_IN_BUCKET) == set(DOG_IN_BUCKET) - set("sks")
+    picture = Image.new("RGB", (256, 256), "white")
+    for name, prompt in {"whole": DOG_IN_BUCKET, "blank": "_"}.items():
+        trainer.save_sheet([[picture]], ["step 0"], [prompt], tmp_path / f"{name}.png")
+    ink = {name: (pixels(tmp_path / f"{name}.png") < 128).sum() for name in ("whole", "blank")}
+    assert ink["whole"] > 3 * ink["blank"] and not (tmp_path / "prompts.txt").exists()
 
 
 # Held-out loss
