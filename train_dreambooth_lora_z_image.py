@@ -431,8 +431,8 @@ def load_examples(folder, flag, default_caption, caption_column=None):
     folder = Path(folder)
     files = list_pictures(folder, flag)
     captions = read_metadata(folder, caption_column)
-    unlisted = {name: folder / name for name in captions if folder / name not in files}
-    for name, path in unlisted.items():
+    unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
+    for name, path in sorted(unlisted.items()):
         if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
             raise UserError(
                 f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
@@ -665,6 +665,8 @@ def assign_bucket(size, buckets, resolution):
     if buckets:
         return min(buckets, key=distance)
     for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+        if smallest_area(side) > height * width:
+            continue
         bucket = min(ladder(side), key=distance)
         if bucket[0] <= height and bucket[1] <= width:
             return bucket
@@ -675,6 +677,12 @@ def assign_bucket(size, buckets, resolution):
 def ladder(resolution):
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
     return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+
+
+@functools.cache
+def smallest_area(resolution):
+    """Pixels of the smallest of those buckets."""
+    return min(math.prod(bucket) for bucket in ladder(resolution))
 
 
 def fit_to_bucket(image, bucket, crop, flip):
@@ -2335,14 +2343,16 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
     for kind, kind_examples in examples.items():
         pairs = list(zip(kind_examples, buckets[kind], strict=True))
         lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
-        for bucket, number in sorted(Counter(buckets[kind]).items()):
-            sizes = [example.size for example, assigned in pairs if assigned == bucket]
+        by_bucket = {}
+        for example, bucket in pairs:
+            by_bucket.setdefault(bucket, []).append(example.size)
+        for bucket, sizes in sorted(by_bucket.items()):
             scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
             cut = statistics.fmean(
                 1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
             )
             lines.append(
-                f"  {number} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
+                f"  {len(sizes)} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
                 + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
                 + f", {cut:.0%} cut off on average"
             )
