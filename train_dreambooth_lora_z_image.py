@@ -2410,13 +2410,14 @@ def expected_memory(buckets, targets, run):
     rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
     adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
-    # Bytes that one layer keeps for each token and channel until the backward pass, counted on the eager model.
-    kept, boundary = (68, 2.7) if width == 2 else (77, 5.1)
+    # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
+    # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
+    kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
     pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
-    layers = config["n_layers"] + 2 * config["n_refiner_layers"]
+    layers = config["n_layers"] + config["n_refiner_layers"]
     in_layers = kept + boundary * layers if args.gradient_checkpointing else kept * layers
-    activations = args.train_batch_size * tokens * config["dim"] * in_layers
+    activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
     encoding = vae + pixels * 4 * 900  # the VAE's widest layers
     stages = {
         "text encoder": text_encoder,

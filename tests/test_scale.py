@@ -38,7 +38,7 @@ def many_pictures(tmp_path_factory):
 
 
 def planned(arguments):
-    """Runs the trainer in a process that may open 64 files and decode no picture; gives the processor seconds it took."""
+    """Runs the trainer in a process that may open 64 files and decode no picture; gives its processor seconds."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     started = time.process_time()
     with mock.patch.object(ImageFile.ImageFile, "load", side_effect=AssertionError("a picture is decoded")):
