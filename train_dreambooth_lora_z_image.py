@@ -1925,6 +1925,13 @@ def follow_launcher():
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def return_freed_memory():
+    """Have glibc give freed blocks of a megabyte and more back at once: its heap keeps those that lie under others."""
+    if sys.platform == "linux":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation and publishing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2280,6 +2287,7 @@ def start(args):
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError("the launcher started several processes, but this machine has no device for each: start one")
     follow_launcher()
+    return_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (transformers, diffusers):
@@ -2404,9 +2412,14 @@ def expected_memory(buckets, targets, run):
     parameters = [sum(p.numel() for p in part.parameters()) for part in (text_encoder, vae, transformer)]
     text_encoder, vae, weights = parameters[0] * width, parameters[1] * 4, parameters[2] * width
     if args.do_fp8_training or args.bnb_quantization_config_path:
-        linear = sum(p.numel() for block in transformer_blocks(transformer) for p in block.parameters() if p.ndim == 2)
+        linear = [
+            m for block in transformer_blocks(transformer) for m in block.modules() if isinstance(m, torch.nn.Linear)
+        ]
+        if args.do_fp8_training:
+            linear = [module for module in linear if module.bias is None]
         four_bit = args.bnb_quantization_config_path and quantization_config(args, run.weight_dtype).load_in_4bit
-        weights -= linear * (width - (0.57 if four_bit else 1))  # 4 bits and a scale for each 64, or 8 bits
+        narrow = 0.57 if four_bit else 1  # 4 bits and a scale for each 64, or 8 bits
+        weights -= sum(module.weight.numel() for module in linear) * (width - narrow)
     rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
     adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
