@@ -433,8 +433,8 @@ def load_examples(folder, flag, default_caption, caption_column=None):
     folder = Path(folder)
     files = list_pictures(folder, flag)
     captions = read_metadata(folder, caption_column)
-    unlisted = {name: folder / name for name in captions if folder / name not in files}
-    for name, path in unlisted.items():
+    unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
+    for name, path in sorted(unlisted.items()):
         if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
             raise UserError(
                 f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
@@ -667,6 +667,8 @@ def assign_bucket(size, buckets, resolution):
     if buckets:
         return min(buckets, key=distance)
     for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+        if smallest_area(side) > height * width:
+            continue
         bucket = min(ladder(side), key=distance)
         if bucket[0] <= height and bucket[1] <= width:
             return bucket
@@ -677,6 +679,12 @@ def assign_bucket(size, buckets, resolution):
 def ladder(resolution):
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
     return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+
+
+@functools.cache
+def smallest_area(resolution):
+    """Pixels of the smallest of those buckets."""
+    return min(math.prod(bucket) for bucket in ladder(resolution))
 
 
 def fit_to_bucket(image, bucket, crop, flip):
@@ -1938,6 +1946,13 @@ def follow_launcher():
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def return_freed_memory():
+    """Have glibc give freed blocks of a megabyte and more back at once: its heap keeps those that lie under others."""
+    if sys.platform == "linux":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation and publishing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2336,6 +2351,7 @@ def start(args):
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError("the launcher started several processes, but this machine has no device for each: start one")
     follow_launcher()
+    return_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (transformers, diffusers):
@@ -2411,14 +2427,16 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
     for kind, kind_examples in examples.items():
         pairs = list(zip(kind_examples, buckets[kind], strict=True))
         lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
-        for bucket, number in sorted(Counter(buckets[kind]).items()):
-            sizes = [example.size for example, assigned in pairs if assigned == bucket]
+        by_bucket = {}
+        for example, bucket in pairs:
+            by_bucket.setdefault(bucket, []).append(example.size)
+        for bucket, sizes in sorted(by_bucket.items()):
             scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
             cut = statistics.fmean(
                 1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
             )
             lines.append(
-                f"  {number} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
+                f"  {len(sizes)} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
                 + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
                 + f", {cut:.0%} cut off on average"
             )
@@ -2488,19 +2506,26 @@ def expected_memory(buckets, targets, run):
     parameters = [sum(p.numel() for p in part.parameters()) for part in (text_encoder, vae, transformer)]
     text_encoder, vae, weights = parameters[0] * width, parameters[1] * 4, parameters[2] * width
     if args.do_fp8_training or args.bnb_quantization_config_path:
-        linear = sum(p.numel() for block in transformer_blocks(transformer) for p in block.parameters() if p.ndim == 2)
+        linear = [
+            m for block in transformer_blocks(transformer) for m in block.modules() if isinstance(m, torch.nn.Linear)
+        ]
+        if args.do_fp8_training:
+            linear = [module for module in linear if module.bias is None]
         four_bit = args.bnb_quantization_config_path and quantization_config(run).load_in_4bit
-        weights -= linear * (width - (0.57 if four_bit else 1))  # 4 bits and a scale for each 64, or 8 bits
+        narrow = 0.57 if four_bit else 1  # 4 bits and a scale for each 64, or 8 bits
+        weights -= sum(module.weight.numel() for module in linear) * (width - narrow)
     rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
     adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
-    # Bytes that one layer keeps for each token and channel until the backward pass, counted on the eager model.
-    kept, boundary = (68, 2.7) if width == 2 else (77, 5.1)
+    # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
+    # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
+    kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
     pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
-    layers = config["n_layers"] + 2 * config["n_refiner_layers"]
-    in_layers = kept + boundary * layers if args.gradient_checkpointing else kept * layers
-    activations = args.train_batch_size * tokens * config["dim"] * in_layers
+    layers = config["n_layers"] + config["n_refiner_layers"]
+    recomputed = layers * float(args.gradient_checkpointing)
+    in_layers = kept * max(1, layers - recomputed) + boundary * recomputed
+    activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
     encoding = vae + pixels * 4 * 900  # the VAE's widest layers
     stages = {
         "text encoder": text_encoder,

@@ -1,0 +1,97 @@
+"""The benchmarks run, measure what they say, and compare two trainers. At tiny scale their figures mean nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from diffusers import ZImagePipeline
+
+from tiny import ROOT, SCRIPT, run
+
+
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+ENCODERS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+
+
+def benchmark(name, *flags, output):
+    """Run a benchmark with --output; gives its JSON and what it printed."""
+    finished = run([sys.executable, BENCHMARKS / name, *flags, "--mixed_precision=no", f"--output={output}"])
+    return json.loads(output.read_text(encoding="utf-8")), finished.stdout
+
+
+def test_full_size_compares_two_trainers_by_turns(tiny_model, tmp_path):
+    flags = [f"--folder={tiny_model}", "--resolution=64", "--steps=4", f"--script={SCRIPT}"]
+    content, printed = benchmark("full_size.py", *flags, output=tmp_path / "figures.json")
+    ours, other = content["results"]
+    assert ours["script"] == "ours" and other["script"].endswith(SCRIPT.name)
+    assert ours["losses"] == other["losses"] and len(ours["losses"]) == 4
+    for row in (ours, other):
+        assert "--gradient_checkpointing" in row["command"]
+        assert 0 < row["step_s"] < row["first_step_s"] < row["wall_s"]
+        # The launcher and the trainer have both imported torch, and there is nothing else that takes memory.
+        assert 0.3 < row["anonymous_peak_gb"] < row["resident_peak_gb"] < 3
+        assert row["training_peak_gb"] <= row["resident_peak_gb"]
+        assert set(row["expected_gb"]) == {"text encoder", "VAE", "training"}
+    assert printed.count("\n") == 5 and content["machine"]["cpu"] in printed
+
+
+def test_step_sets_the_step_against_a_bare_pass(tmp_path):
+    flags = ["--dim=48", "--layers=1", "--resolution=64", "--steps=3", "--rounds=1"]
+    content, _ = benchmark("step.py", *flags, output=tmp_path / "figures.json")
+    bare, ours = content["results"]
+    assert bare["steps"] == ours["steps"] == 2
+    assert bare["ratio"] == 1 and ours["ratio"] == pytest.approx(ours["step_s"] / bare["step_s"])
+    assert 0 < bare["step_s"] < ours["step_s"]  # the step has all of the pass, and an optimizer
+
+
+def test_encode_starts_cold_and_then_warm(tiny_model, tmp_path):
+    flags = [f"--folder={tiny_model}", "--resolution=32", "--pictures=3"]
+    content, _ = benchmark("encode.py", *flags, output=tmp_path / "figures.json")
+    cold, warm = content["results"]
+    assert [cold["run"], warm["run"]] == ["cold", "warm"]
+    assert cold["losses"] == warm["losses"]
+    # What the warm start leaves unread: the weights of the text encoder and of the VAE.
+    spared = sum((tiny_model / name).stat().st_size for name in ENCODERS) / 1e9
+    assert cold["read_gb"] - warm["read_gb"] > 0.9 * spared
+
+
+@pytest.fixture
+def small_builder(monkeypatch):
+    """`full_size.build`, and shards so small that a tiny model has several."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import full_size
+
+    monkeypatch.setattr(full_size, "SHARD_BYTES", 50_000)
+    transformer = {"dim": 48, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 32}
+    transformer |= {"axes_dims": [4, 6, 6]}
+    text_encoder = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text_encoder = (
+        full_size.TEXT_ENCODER | text_encoder | {"vocab_size": 300, "num_key_value_heads": 1, "head_dim": 16}
+    )
+    vae = full_size.VAE | {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    return lambda folder: full_size.build(folder, transformer, text_encoder, vae)
+
+
+def test_full_size_builds_on_after_an_interruption_and_deletes_what_it_built(small_builder, tmp_path):
+    folder = tmp_path / "model"
+    small_builder(folder)
+    shards = sorted(folder.rglob("*.safetensors"))
+    assert len(shards) > 6
+    contents = [shard.read_bytes() for shard in shards]
+    kept, lost = shards[0], shards[1:]
+    written = kept.stat().st_mtime_ns
+    for shard in lost:
+        shard.unlink()
+    small_builder(folder)
+    assert kept.stat().st_mtime_ns == written
+    assert [shard.read_bytes() for shard in shards] == contents
+    assert ZImagePipeline.from_pretrained(folder).transformer.config.n_layers == 1
+    run([sys.executable, BENCHMARKS / "full_size.py", f"--folder={folder}", "--delete"])
+    assert not folder.exists()
+
+
+def test_full_size_deletes_no_folder_of_someone_elses(photos):
+    command = [sys.executable, BENCHMARKS / "full_size.py", f"--folder={photos}", "--delete"]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+    assert list(photos.iterdir())

@@ -1,0 +1,235 @@
+"""Compiled, quantized and rewritten blocks compute what the plain ones do, and are compiled once for each size."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+
+import train_dreambooth_lora_z_image as trainer
+from test_training import as_array
+from tiny import ROOT, build_tiny_pipeline, launch, train_args
+
+
+TRAINED_MODEL = ROOT / "tests" / "assets" / "tiny-z-image"
+BUCKETS = [(64, 64), (48, 80), (80, 48), (32, 32)]  # height, width
+
+
+@pytest.fixture(scope="module")
+def one_layer_model(tmp_path_factory):
+    """The tiny pipeline with one transformer layer: one block of each kind, since compiling takes long."""
+    from diffusers import ZImageTransformer2DModel
+
+    folder = build_tiny_pipeline(tmp_path_factory.mktemp("model") / "one-layer")
+    config = {**ZImageTransformer2DModel.load_config(folder, subfolder="transformer"), "n_layers": 1}
+    torch.manual_seed(0)
+    ZImageTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    """Every test compiles anew, and what it sets of Dynamo ends with it."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+@pytest.fixture
+def backend(monkeypatch, request):
+    """The backend that `compile_blocks` uses, of `indirect` parametrization; "none" swaps attention alone."""
+    compile_module = torch.nn.Module.compile
+
+    def compile_with(module, **options):
+        if request.param != "none":
+            compile_module(module, **options, backend=request.param)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with)
+    return request.param
+
+
+def make_run(model, precision="no", **flags):
+    """What the trainer's functions need to know of a run on the CPU."""
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+    args = trainer.parse_args(train_args(model, "unused", "unused", **flags))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
+    return SimpleNamespace(
+        args=args, accelerator=accelerator, model=trainer.check_model(args), weight_dtype=dtype, sharded=False, seed=0
+    )
+
+
+def prepare(run, compiled=False):
+    """The transformer as the trainer prepares it, and its LoRA's parameters, B random so that A has a gradient too."""
+    transformer = trainer.load_transformer(run)
+    targets = trainer.resolve_lora_layers(run.args.lora_layers, run.model.transformer_config)
+    parameters = trainer.add_lora(transformer, targets, run)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    if compiled:
+        trainer.compile_blocks(transformer)
+    return transformer.train(), parameters
+
+
+def make_batch(run, bucket, tokens, seed=0, batch_size=1):
+    """A micro-batch of random latents of a bucket, with random embeddings of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, *run.model.latent_shape(bucket))
+    width = run.model.transformer_config["cap_feat_dim"]
+    return {
+        "latents": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "sigmas": torch.rand(batch_size, generator=generator),
+        "weights": torch.full((batch_size,), 1 / batch_size),
+        "prompt_embeds": [torch.randn(tokens, width, generator=generator) for _ in range(batch_size)],
+    }
+
+
+def gradients(transformer, parameters, batch, run):
+    """(loss, gradient of all LoRA parameters as one vector) of a micro-batch."""
+    loss = trainer.training_loss(transformer, None, batch, "none", run)
+    loss.backward()
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return loss.item(), flat
+
+
+def assert_compiled_as_plain(run):
+    """Losses and gradients of all buckets are those of the plain model, and something was compiled."""
+    batches = [make_batch(run, bucket, tokens=20 + 40 * (i % 2), seed=i) for i, bucket in enumerate(BUCKETS)]
+    plain = [gradients(*prepare(run), batch, run) for batch in batches]
+    transformer, parameters = prepare(run, compiled=True)
+    for batch, (loss, gradient) in zip(batches, plain, strict=True):
+        compiled_loss, compiled_gradient = gradients(transformer, parameters, batch, run)
+        assert compiled_loss == pytest.approx(loss, rel=1e-5)
+        assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+WAYS = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "fp8": {"do_fp8_training": True},
+    "fp8-checkpointing": {"do_fp8_training": True, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"], indirect=True)
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_blocks_have_the_same_losses_and_gradients(way, backend, one_layer_model):
+    assert_compiled_as_plain(make_run(one_layer_model, **WAYS[way]))
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_compiled_again_once_each_size_was_seen(way, backend, tiny_model):
+    run = make_run(tiny_model, **WAYS[way])
+    transformer, parameters = prepare(run, compiled=True)
+    sizes = [(bucket, tokens) for bucket in BUCKETS for tokens in (20, 50, 90)]
+    for bucket, tokens in sizes:
+        gradients(transformer, parameters, make_batch(run, bucket, tokens), run)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 2 <= graphs <= 12
+    for bucket, tokens in reversed(sizes):
+        gradients(transformer, parameters, make_batch(run, bucket, tokens, seed=1), run)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+def test_graph_break_inside_a_block_is_an_error(backend, one_layer_model, monkeypatch):
+    rotate_pairs = trainer.rotate_pairs
+
+    def breaking(x, rotation):
+        torch._dynamo.graph_break()
+        return rotate_pairs(x, rotation)
+
+    monkeypatch.setattr(trainer, "rotate_pairs", breaking)
+    run = make_run(one_layer_model)
+    transformer, parameters = prepare(run, compiled=True)
+    with pytest.raises(Unsupported):
+        gradients(transformer, parameters, make_batch(run, BUCKETS[0], 20), run)
+
+
+@pytest.mark.parametrize("backend", ["none"], indirect=True)
+@pytest.mark.parametrize("tokens", [(20, 20), (20, 90)], ids=["unmasked", "masked"])
+def test_real_valued_rotation_equals_the_complex_one(tokens, backend, tiny_model):
+    run = make_run(tiny_model)
+    batch = make_batch(run, (48, 80), tokens=90, batch_size=2)
+    batch["prompt_embeds"] = [embed[:n] for embed, n in zip(batch["prompt_embeds"], tokens, strict=True)]
+    loss, gradient = gradients(*prepare(run), batch, run)
+    transformer, parameters = prepare(run, compiled=True)
+    assert isinstance(transformer.rope_embedder, trainer.RealRopeEmbedder)
+    real_loss, real_gradient = gradients(transformer, parameters, batch, run)
+    assert real_loss == pytest.approx(loss, rel=1e-6)
+    assert (real_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_float8_gradient_is_that_of_bf16_on_the_trained_model():
+    """In an update of pictures of the model's own kind, at levels all over the schedule."""
+    vae = AutoencoderKL.from_pretrained(TRAINED_MODEL, subfolder="vae", torch_dtype=torch.float32)
+    pictures = sorted((ROOT / "tests" / "assets" / "subjects").rglob("*.png"))
+    flat = []
+    for flags in ({}, {"do_fp8_training": True}):
+        run = make_run(TRAINED_MODEL, precision="bf16", **flags)
+        batch = make_batch(run, (64, 64), tokens=30, batch_size=len(pictures))
+        pixels = [
+            trainer.fit_to_bucket(trainer.decode_image(str(p), p), (64, 64), (0.5, 0.5), False) for p in pictures
+        ]
+        batch["latents"] = trainer.encode_images(vae, torch.stack(pixels), run)
+        batch["sigmas"] = (torch.arange(len(pictures)) + 0.5) / len(pictures)
+        flat.append(as_array(gradients(*prepare(run), batch, run)[1]))
+    cosine = flat[0] @ flat[1] / (flat[0] @ flat[0]) ** 0.5 / (flat[1] @ flat[1]) ** 0.5
+    assert 0.97 <= cosine < 1
+
+
+LOGGED = {"max_train_steps": 3, "report_to": "tensorboard", "resolution": 32, "cache_latents": True, "rank": 2}
+
+
+def logged_losses(output_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = output_dir.rglob("events.out.tfevents*")
+    return [event.value for event in EventAccumulator(str(file.parent)).Reload().Scalars("loss")]
+
+
+@pytest.fixture
+def launched_losses(one_layer_model, photos, tmp_path):
+    """Trains by `accelerate launch`, in a folder of that name; gives the losses and the libraries of Inductor."""
+
+    def launched_losses(name, launcher_flags=None, **flags):
+        arguments = train_args(one_layer_model, photos, tmp_path / name, **LOGGED, **flags)
+        inductor = tmp_path / f"{name}-inductor"
+        keywords = {"launcher_flags": launcher_flags} if launcher_flags else {}
+        launch(*arguments, env={"TORCHINDUCTOR_CACHE_DIR": str(inductor)}, timeout=600, **keywords)
+        return logged_losses(tmp_path / name), list(inductor.rglob("*.so"))
+
+    return launched_losses
+
+
+def test_compile_flag_trains_with_the_same_losses(launched_losses):
+    plain, nothing = launched_losses("plain")
+    compiled, libraries = launched_losses("compiled", compile=True)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert libraries and not nothing
+
+
+@pytest.mark.slow
+def test_compile_section_of_an_accelerate_config_does_the_same(launched_losses, tmp_path):
+    config = (ROOT / "configs" / "compile.yaml").read_text("utf-8")
+    config = config.replace("use_cpu: false", "use_cpu: true").replace(
+        "mixed_precision: bf16", "mixed_precision: 'no'"
+    )
+    (tmp_path / "compile.yaml").write_text(config, encoding="utf-8")
+    plain, _ = launched_losses("plain")
+    compiled, libraries = launched_losses("compiled", launcher_flags=[f"--config_file={tmp_path / 'compile.yaml'}"])
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert libraries
