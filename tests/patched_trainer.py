@@ -48,16 +48,15 @@ def captions():
 
 
 def bf16_lora():
-    """The LoRA's weights are held in bfloat16, where small updates are rounded away."""
-    original = trainer.add_lora
+    """The LoRA's weights are rounded to bfloat16 after every update, as if they were held in it."""
+    original = trainer.build_optimizer
 
-    def add_lora(*args):
-        parameters = original(*args)
-        for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
-        return parameters
+    def build_optimizer(parameters, *args):
+        optimizer = original(parameters, *args)
+        optimizer.register_step_post_hook(lambda *_: [p.data.copy_(p.data.bfloat16()) for p in parameters])
+        return optimizer
 
-    trainer.add_lora = add_lora
+    trainer.build_optimizer = build_optimizer
 
 
 def bitsandbytes_on_cpu():

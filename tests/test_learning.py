@@ -27,9 +27,13 @@ def trained(tmp_path_factory):
     return output
 
 
+# Of the base model's loss on the held-out photographs; what is left is mostly the noise, which nothing can predict.
+HELD_OUT_SHARE = {"striped-ball": 0.58, "cross-toy": 0.7}
+
+
 def has_learned(out, name):
     """Whether the subject is there in the pictures, and in the photographs that were held out."""
-    return subject_score(out, name) > 0.4 and held_out_share(out, name) < 0.8
+    return subject_score(out, name) > 0.3 and held_out_share(out, name) < HELD_OUT_SHARE[name]
 
 
 @pytest.mark.parametrize("name", PROMPTS)
