@@ -2405,7 +2405,8 @@ def start_trackers(args, accelerator):
         if "swanlab" in map(str, accelerator.log_with):
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     try:
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args))
+        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
     except Exception as error:  # every tracker raises its own
         raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
 

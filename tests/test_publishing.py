@@ -30,10 +30,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import lora_tensors, run, run_script, train_args
+from tiny import ROOT, lora_tensors, run, run_script, train_args
 
 
-TOKEN, WRONG_TOKEN = "hf_TheRightTokenOfThisTest", "hf_TheWrongTokenOfThisTest"
+# Not written out: a tracker that stores the changes to the source would store them with it.
+TOKEN, WRONG_TOKEN = (f"hf_The{kind}TokenOfThisTest" for kind in ("Right", "Wrong"))
 HOSTILE = [
     'a "photo" of sks: dog\'s | `toy` # 1',
     "first\n---\nbase_model: someone/else\n",
@@ -559,6 +560,26 @@ def test_trackers_get_the_metrics_and_the_pictures_and_no_token(tracker, tiny_mo
             alike = [np.corrcoef(picture.ravel(), sent.ravel())[0, 1] for picture in seen]
             assert max(alike) > 0.8  # and not 1, since one of them keeps JPEGs
     assert not any(TOKEN.encode() in content for content in contents([tmp_path]))
+
+
+@pytest.mark.skipif("clearml" not in installed_trackers(), reason="clearml is not installed")
+def test_clearml_that_was_imported_first_does_not_store_the_token(tiny_model, shared_photos, tmp_path):
+    """As in a notebook: from its import on, it notes what every argument parser reads."""
+    code = (
+        "import sys, clearml, train_dreambooth_lora_z_image as trainer\ntrainer.main(trainer.parse_args(sys.argv[1:]))"
+    )
+    flags = train_args(tiny_model, shared_photos, tmp_path / "out", report_to="clearml", hub_token=TOKEN)
+    environment = {
+        "ACCELERATE_USE_CPU": "1",
+        "CLEARML_OFFLINE_MODE": "1",
+        "CLEARML_CACHE_DIR": str(tmp_path / "clearml"),
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    run([sys.executable, "-c", code, *flags], environment, cwd=tmp_path)
+    found = list(contents([tmp_path / "clearml"]))
+    assert any(b"grad_norm" in content for content in found)
+    assert not any(TOKEN.encode() in content for content in found)
 
 
 def test_the_token_is_refused_beside_a_tracker_that_would_store_it():
