@@ -197,7 +197,7 @@ def train(out, name, change=None, processes=1, **flags):
 
 
 # What tests/test_learning.py trains: {label: arguments of `train`}.
-SMALL_RATE = {"learning_rate": 1e-4, "max_train_steps": 400}
+SMALL_RATE = {"learning_rate": 2e-5, "max_train_steps": 400}
 PRIOR = {
     "with_prior_preservation": True,
     "class_prompt": "a photo of a ball",
@@ -225,12 +225,12 @@ RUNS = {
     },
     "prior preservation": {"name": "striped-ball", **PRIOR},
     "caption dropout 0.2": {"name": "striped-ball", "caption_dropout": 0.2},
-    "learning rate 1e-4": {"name": "striped-ball", **SMALL_RATE},
+    "learning rate 2e-5": {"name": "striped-ball", **SMALL_RATE},
     "fault: velocity not negated": {"name": "striped-ball", "change": "velocity"},
     "fault: time t / 1000": {"name": "striped-ball", "change": "time"},
     "fault: no VAE shift and scale": {"name": "striped-ball", "change": "latent_scale"},
     "fault: captions exchanged": {"name": "both", "max_train_steps": 400, "change": "captions"},
-    "fault: bf16 LoRA, learning rate 1e-4": {"name": "striped-ball", "change": "bf16_lora", **SMALL_RATE},
+    "fault: bf16 LoRA, learning rate 2e-5": {"name": "striped-ball", "change": "bf16_lora", **SMALL_RATE},
 }
 
 

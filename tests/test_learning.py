@@ -63,10 +63,10 @@ def test_two_processes_learn_it_too(trained):
 @pytest.mark.slow
 def test_bf16_lora_weights_are_noticed_at_a_small_learning_rate(trained):
     right, fault = (
-        held_out_share(trained(label), "striped-ball")
-        for label in ("learning rate 1e-4", "fault: bf16 LoRA, learning rate 1e-4")
+        1 - held_out_share(trained(label), "striped-ball")
+        for label in ("learning rate 2e-5", "fault: bf16 LoRA, learning rate 2e-5")
     )
-    assert right < 0.9 < fault
+    assert right > 0.15 > fault
 
 
 @pytest.mark.slow
@@ -91,10 +91,10 @@ def test_prior_preservation_lowers_drift(trained):
 @pytest.mark.slow
 def test_caption_dropout_trains_the_empty_prompt_and_keeps_guidance_working(trained):
     dropped, kept = trained("caption dropout 0.2"), trained("striped-ball")
-    assert held_out_share(dropped, "striped-ball", prompt="") < 0.95 * held_out_share(kept, "striped-ball", prompt="")
+    assert held_out_share(dropped, "striped-ball", prompt="") < 0.97 * held_out_share(kept, "striped-ball", prompt="")
     assert has_learned(dropped, "striped-ball")
     unguided, guided = (subject_score(dropped, "striped-ball", guidance) for guidance in (0.0, 1.0))
-    assert guided > 0.8 * unguided
+    assert guided > 0.9 * unguided
 
 
 @pytest.mark.slow
