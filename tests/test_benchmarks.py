@@ -1,7 +1,6 @@
 """The benchmarks run, measure what they say, and compare two trainers. At tiny scale their figures mean nothing."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,11 @@ from tiny import ROOT, SCRIPT, run
 
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import full_size  # noqa: E402 (needs the path)
+
+
 ENCODERS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 
 
@@ -36,6 +40,7 @@ def test_full_size_compares_two_trainers_by_turns(tiny_model, tmp_path):
     assert printed.count("\n") == 5 and content["machine"]["cpu"] in printed
 
 
+@pytest.mark.slow
 def test_step_sets_the_step_against_a_bare_pass(tmp_path):
     flags = ["--dim=48", "--layers=1", "--resolution=64", "--steps=3", "--rounds=1"]
     content, _ = benchmark("step.py", *flags, output=tmp_path / "figures.json")
@@ -45,6 +50,7 @@ def test_step_sets_the_step_against_a_bare_pass(tmp_path):
     assert 0 < bare["step_s"] < ours["step_s"]  # the step has all of the pass, and an optimizer
 
 
+@pytest.mark.slow
 def test_encode_starts_cold_and_then_warm(tiny_model, tmp_path):
     flags = [f"--folder={tiny_model}", "--resolution=32", "--pictures=3"]
     content, _ = benchmark("encode.py", *flags, output=tmp_path / "figures.json")
@@ -59,9 +65,6 @@ def test_encode_starts_cold_and_then_warm(tiny_model, tmp_path):
 @pytest.fixture
 def small_builder(monkeypatch):
     """`full_size.build`, and shards so small that a tiny model has several."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import full_size
-
     monkeypatch.setattr(full_size, "SHARD_BYTES", 50_000)
     transformer = {"dim": 48, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 32}
     transformer |= {"axes_dims": [4, 6, 6]}
@@ -73,7 +76,9 @@ def small_builder(monkeypatch):
     return lambda folder: full_size.build(folder, transformer, text_encoder, vae)
 
 
-def test_full_size_builds_on_after_an_interruption_and_deletes_what_it_built(small_builder, tmp_path):
+def test_full_size_builds_on_after_an_interruption_and_deletes_only_what_it_built(
+    small_builder, tmp_path, monkeypatch
+):
     folder = tmp_path / "model"
     small_builder(folder)
     shards = sorted(folder.rglob("*.safetensors"))
@@ -87,11 +92,9 @@ def test_full_size_builds_on_after_an_interruption_and_deletes_what_it_built(sma
     assert kept.stat().st_mtime_ns == written
     assert [shard.read_bytes() for shard in shards] == contents
     assert ZImagePipeline.from_pretrained(folder).transformer.config.n_layers == 1
-    run([sys.executable, BENCHMARKS / "full_size.py", f"--folder={folder}", "--delete"])
-    assert not folder.exists()
-
-
-def test_full_size_deletes_no_folder_of_someone_elses(photos):
-    command = [sys.executable, BENCHMARKS / "full_size.py", f"--folder={photos}", "--delete"]
-    assert subprocess.run(command, capture_output=True).returncode == 2
-    assert list(photos.iterdir())
+    monkeypatch.setattr(sys, "argv", ["full_size.py", f"--folder={folder}", "--delete"])
+    assert full_size.main() == 0 and not folder.exists()
+    folder.mkdir()  # someone else's
+    with pytest.raises(SystemExit):
+        full_size.main()
+    assert folder.exists()

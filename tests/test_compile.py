@@ -1,6 +1,7 @@
 """Compiled, quantized and rewritten blocks compute what the plain ones do, and are compiled once for each size."""
 
 import functools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,11 @@ from torch._dynamo.utils import counters
 import train_dreambooth_lora_z_image as trainer
 from test_training import as_array
 from tiny import ROOT, build_tiny_pipeline, launch, train_args
+
+
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+
+from common import scalar  # noqa: E402 (needs the path)
 
 
 TRAINED_MODEL = ROOT / "tests" / "assets" / "tiny-z-image"
@@ -130,13 +136,16 @@ def test_compiled_blocks_have_the_same_losses_and_gradients(way, backend, one_la
 
 
 @pytest.mark.parametrize("backend", ["eager"], indirect=True)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way == "plain" else pytest.mark.slow) for way in WAYS])
 def test_nothing_is_compiled_again_once_each_size_was_seen(way, backend, tiny_model):
     run = make_run(tiny_model, **WAYS[way])
+    plain = prepare(run)
     transformer, parameters = prepare(run, compiled=True)
     sizes = [(bucket, tokens) for bucket in BUCKETS for tokens in (20, 50, 90)]
     for bucket, tokens in sizes:
-        gradients(transformer, parameters, make_batch(run, bucket, tokens), run)
+        batch = make_batch(run, bucket, tokens)
+        loss = gradients(transformer, parameters, batch, run)[0]
+        assert loss == pytest.approx(gradients(*plain, batch, run)[0], rel=1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert 2 <= graphs <= 12
     for bucket, tokens in reversed(sizes):
@@ -194,13 +203,6 @@ def test_float8_gradient_is_that_of_bf16_on_the_trained_model():
 LOGGED = {"max_train_steps": 3, "report_to": "tensorboard", "resolution": 32, "cache_latents": True, "rank": 2}
 
 
-def logged_losses(output_dir):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (file,) = output_dir.rglob("events.out.tfevents*")
-    return [event.value for event in EventAccumulator(str(file.parent)).Reload().Scalars("loss")]
-
-
 @pytest.fixture
 def launched_losses(one_layer_model, photos, tmp_path):
     """Trains by `accelerate launch`, in a folder of that name; gives the losses and the libraries of Inductor."""
@@ -210,11 +212,13 @@ def launched_losses(one_layer_model, photos, tmp_path):
         inductor = tmp_path / f"{name}-inductor"
         keywords = {"launcher_flags": launcher_flags} if launcher_flags else {}
         launch(*arguments, env={"TORCHINDUCTOR_CACHE_DIR": str(inductor)}, timeout=600, **keywords)
-        return logged_losses(tmp_path / name), list(inductor.rglob("*.so"))
+        losses = [loss for _, loss in scalar(tmp_path / name, "loss")]
+        return losses, list(inductor.rglob("*.so"))
 
     return launched_losses
 
 
+@pytest.mark.slow
 def test_compile_flag_trains_with_the_same_losses(launched_losses):
     plain, nothing = launched_losses("plain")
     compiled, libraries = launched_losses("compiled", compile=True)
