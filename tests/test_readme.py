@@ -61,6 +61,15 @@ def test_the_table_of_flags_is_the_parsers():
 def test_every_flag_that_the_readme_names_exists():
     known = {option for action in trainer.build_parser()._actions for option in action.option_strings}
     known |= {"--config_file", "--logdir", "--kills"}  # of accelerate, of tensorboard, of tests/kill_test.py
+    known |= {
+        "--folder",
+        "--build_only",
+        "--pictures",
+        "--steps",
+        "--flags",
+        "--float32_products",
+        "--script",
+    }  # benchmarks
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", README.read_text(encoding="utf-8")))
     assert named <= known
 

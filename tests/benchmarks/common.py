@@ -173,7 +173,7 @@ class ProcessTree(threading.Thread):
 
     def __init__(self, pid):
         super().__init__(daemon=True)
-        self.pid, self.samples, self.read, self.left = pid, [], {}, threading.Event()
+        self.pid, self.samples, self.left = pid, [], threading.Event()
 
     def __enter__(self):
         self.start()
@@ -185,28 +185,27 @@ class ProcessTree(threading.Thread):
 
     def run(self):
         while not self.left.wait(0.2):
-            memory = [self.memory_of(pid) for pid in descendants(self.pid)]
-            self.samples.append((time.time(), *(sum(column) for column in zip(*memory))))
+            counts = [self.counts_of(pid) for pid in descendants(self.pid)]
+            self.samples.append((time.time(), *(sum(column) for column in zip(*counts))))
 
-    def memory_of(self, pid):
-        """(resident, anonymous, file) in bytes, and on the way what the process has read so far."""
+    def counts_of(self, pid):
+        """(resident, anonymous, file, read so far) in bytes; what its ended children read is in a process's own."""
         try:
             status = Path(f"/proc/{pid}/status").read_text()
-            self.read[pid] = int(Path(f"/proc/{pid}/io").read_text().split("read_bytes: ")[1].split()[0])
+            read = int(Path(f"/proc/{pid}/io").read_text().split("read_bytes: ")[1].split()[0])
         except (OSError, IndexError):  # it has ended
-            return 0, 0, 0
+            return 0, 0, 0, 0
         fields = dict(line.split(":", 1) for line in status.splitlines())
         resident, anonymous, file = (
             int(fields.get(name, "0").split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "RssFile")
         )
-        return resident, anonymous, file
+        return resident, anonymous, file, read
 
     def peaks(self):
-        """The largest of each, over all samples, and all that was read, in GB."""
-        names = ("resident", "anonymous", "file")
-        columns = list(zip(*(sample[1:] for sample in self.samples if len(sample) > 1)))
-        peaks = {f"{name}_peak_gb": max(column) / GB for name, column in zip(names, columns)}
-        return peaks | {"read_gb": sum(self.read.values()) / GB}
+        """The largest of each over all samples, in GB."""
+        names = ("resident_peak_gb", "anonymous_peak_gb", "file_peak_gb", "read_gb")
+        columns = zip(*(sample[1:] for sample in self.samples))
+        return {name: max(column) / GB for name, column in zip(names, columns)}
 
     def peak_between(self, start, end):
         """The largest resident memory between two moments, in GB."""
