@@ -72,7 +72,11 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -90,7 +94,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -562,6 +566,8 @@ def load_dataset_examples(args):
 def read_dataset_picture(data, column, index):
     """The encoded picture in a row of a data set, as bytes."""
     picture = data[index][column]
+    if picture is None:
+        raise ValueError("the row has no picture")
     return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
 
@@ -774,9 +780,9 @@ class DreamBoothDataset(Dataset):
         self.model, self.args, self.seed = run.model, run.args, run.seed
         self.latents = {}
 
-    def pixels(self, kind, index, flip, draw):
-        """An example's picture as [3, H, W] in [-1, 1], its crop drawn from the seed and `draw`."""
-        generator = seeded_generator(self.seed, "crop", kind, draw)
+    def pixels(self, kind, index, flip, *draw):
+        """An example's picture as [3, H, W] in [-1, 1], its crop a function of `draw`."""
+        generator = seeded_generator("crop", *draw)
         centered = self.args.center_crop or kind == "held-out"
         crop = (0.5, 0.5) if centered else torch.rand(2, generator=generator).tolist()
         example = self.examples[kind][index]
@@ -787,7 +793,7 @@ class DreamBoothDataset(Dataset):
         if self.args.cache_latents:
             item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
         else:
-            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, draw=sample.number)
+            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, self.seed, sample.kind, sample.number)
         generator = seeded_generator(self.seed, "objective", sample.kind, sample.number)
         item["sigmas"] = sample_sigmas(self.sigmas, self.args, generator)
         item["noise"] = torch.randn(
@@ -931,6 +937,11 @@ class Model:
         """(C, h, w) of the latents of a picture of that (height, width)."""
         return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
 
+    def longest_prompt(self, args):
+        """`--max_sequence_length` in tokens, or what the model's rotary embedding has room for, beside the picture."""
+        room = (self.transformer_config["axes_lens"][0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+        return min(args.max_sequence_length, room)
+
     def load(self, cls, subfolder, **kwargs):
         """A component with its weights. Raises UserError."""
         try:
@@ -1057,11 +1068,30 @@ class EncodingCache:
     def put(self, key, tensor):
         """Write beside and rename, so that runs that share the folder never see half a file."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             path = self.file(key)
             beside = path.with_suffix(f".{os.getpid()}")
-            save_file({"encoding": tensor.contiguous()}, beside)
-            os.replace(beside, path)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"encoding": tensor.contiguous()}, beside)
+                put_in_place(beside, path)
+            except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
+                logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
+
+
+def put_in_place(beside, path):
+    """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(beside, 0o666 & ~umask)
+    os.replace(beside, path)
+
+
+def end_stage():
+    """Give the memory of deleted models back to the device and to the system: the C library keeps some of it."""
+    free_memory()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def digest_of(value):
@@ -1078,7 +1108,8 @@ def encode_prompts(prompts, run):
     args, accelerator = run.args, run.accelerator
     cache = EncodingCache(args.encoding_cache_dir)
     dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
-    settings = ("prompt", run.model.identity["text_encoder"], args.max_sequence_length, str(dtype))
+    longest = run.model.longest_prompt(args)
+    settings = ("prompt", run.model.identity["text_encoder"], longest, str(dtype))
     # One process looks into the cache for all: another run may be adding to it.
     embeds = broadcast_object_list([{prompt: cache.get((*settings, prompt)) for prompt in prompts}])[0]
     missing = [prompt for prompt, embed in embeds.items() if embed is None]
@@ -1096,7 +1127,7 @@ def encode_prompts(prompts, run):
     encoded = []
     with torch.no_grad(), offload_models(text_encoder, device=accelerator.device, offload=offload):
         for prompt in missing if args.fsdp_text_encoder else run.share(missing):
-            length = min(count_tokens(pipeline.tokenizer, prompt, args.max_sequence_length), args.max_sequence_length)
+            length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
             embed = pipeline.encode_prompt(
                 [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
             )[0][0].to("cpu", copy=True)
@@ -1104,7 +1135,7 @@ def encode_prompts(prompts, run):
             encoded.append((prompt, embed))
     embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
     del pipeline, text_encoder
-    free_memory()
+    end_stage()
     return embeds
 
 
@@ -1141,7 +1172,7 @@ def warn_of_cut_prompts(examples, run):
     """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
     tokenizer = run.model.load(transformers.AutoTokenizer, "tokenizer")
     for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
-        count_tokens(tokenizer, prompt, run.args.max_sequence_length)
+        count_tokens(tokenizer, prompt, run.model.longest_prompt(run.args))
 
 
 def load_vae(run):
@@ -1172,20 +1203,19 @@ def cache_latents(dataset, kinds, run):
     vae, encoded = None, []
     for kind, index in run.share(numbered):
         example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
-        content = hashlib.blake2b(read_bytes(example.source)).hexdigest() if cache.folder else None
-        centered = run.args.center_crop or kind == "held-out"
-        crop = "center" if centered else (run.seed, kind, index)
+        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: runs can share latents
+        crop = "center" if run.args.center_crop or kind == "held-out" else "drawn"
         for flip in (False, True) if run.args.random_flip and kind != "held-out" else (False,):
             key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
             latents = cache.get(key)
             if latents is None:
                 vae = vae or load_vae(run)
-                pixels = dataset.pixels(kind, index, flip, draw=("cached", index))
+                pixels = dataset.pixels(kind, index, flip, content)
                 latents = encode_images(vae, pixels[None], run)[0].cpu()
                 cache.put(key, latents)
             encoded.append(((kind, index, flip), latents))
     del vae
-    free_memory()
+    end_stage()
     return dict(gather_object(encoded))
 
 
@@ -1205,12 +1235,17 @@ def generate_class_images(missing, prompt_embeds, run):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
         images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
         for number, image in zip(numbers, images, strict=True):
-            path = class_image_path(folder, number)
-            image.save(path.with_suffix(".part"), format="PNG")
-            os.replace(path.with_suffix(".part"), path)
+            save_picture(image, class_image_path(folder, number))
     del transformer, vae
-    free_memory()
+    end_stage()
     run.accelerator.wait_for_everyone()
+
+
+def save_picture(image, path):
+    """Write a PNG, whole or not at all."""
+    beside = path.with_suffix(".part")
+    image.save(beside, format="PNG")
+    os.replace(beside, path)
 
 
 def class_image_path(folder, number):
@@ -1477,7 +1512,6 @@ def shard(modules, accelerator, ignored=()):
     options = {
         "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
         "reshard_after_forward": plugin.reshard_after_forward,
-        "offload_policy": plugin.cpu_offload,
         "ignored_params": set(ignored),
     }
     for parameter in ignored:
@@ -1521,7 +1555,7 @@ def read_base_adapter(args):
     except ValueError:
         path, weight = args.base_adapter, 1.0
     try:
-        state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
+        state, metadata = ZImagePipeline.lora_state_dict(path, cache_dir=args.cache_dir, return_lora_metadata=True)
     except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
         raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
     state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
@@ -1569,7 +1603,7 @@ def save_lora(transformer, folder, dtype):
         weight_name=f".{LORA_FILE}",
         transformer_lora_adapter_metadata=lora_metadata(transformer),
     )
-    os.replace(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
+    put_in_place(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
     return state
 
 
@@ -1866,6 +1900,7 @@ MATHEMATICS = [
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
     "logit_std", "mode_scale", "timestep_shift", "do_fp8_training", "bnb_quantization_config_path",
+    "base_adapter",
 ]
 # fmt: on
 
@@ -1891,8 +1926,20 @@ def fingerprint(examples, buckets, missing_class_images, targets, schedule, run)
         "training sizes (resolution or aspect_ratio_buckets)": digest_of(buckets["instance"]),
         "number of class images": len(examples.get("class", [])) + missing_class_images,
         "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
-        "transformer": digest_of(sorted(run.model.transformer_config.items(), key=str)),
+        "transformer": digest_of(
+            (sorted(run.model.transformer_config.items(), key=str), weights_sample(run.model.path))
+        ),
     }
+
+
+def weights_sample(path):
+    """The last bytes of each file of a transformer, which tell models of one shape apart; on the Hub, its name."""
+    sample = []
+    for file in sorted(Path(path, "transformer").glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            weights.seek(max(0, file.stat().st_size - 4096))
+            sample.append(weights.read())
+    return sample or path
 
 
 def check_fingerprint(checkpoint, current):
@@ -1946,29 +1993,27 @@ def follow_launcher():
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def return_freed_memory():
-    """Have glibc give freed blocks of a megabyte and more back at once: its heap keeps those that lie under others."""
-    if sys.platform == "linux":
-        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation and publishing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def read_prompts(prompts):
+    """The prompts, files among them read line by line. Raises UserError."""
+    read = []
+    for prompt in prompts:
+        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
+        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+    return read
+
+
 def validation_prompts(args, final=False):
-    """The prompts to draw: those of `--validation_prompt`, files among them read line by line. Raises UserError."""
+    """The prompts to draw while training, or at its end."""
     if final and args.skip_final_inference:
         return []
     if final and args.final_validation_prompt:
         return [args.final_validation_prompt]
-    prompts = []
-    for prompt in args.validation_prompt or []:
-        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        prompts += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
-    return prompts
+    return args.validation_prompt or []
 
 
 @contextlib.contextmanager
@@ -2020,8 +2065,17 @@ def drawing_transformer(transformer, model, run):
     with torch.no_grad():
         yield drawing
     del drawing
-    free_memory()
+    end_stage()
     transformer.to(device)
+
+
+@contextlib.contextmanager
+def training_goes_on(what):
+    """Where something other than the LoRA cannot be written, says so, and no more."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        logger.error(f"{what} could not be written ({first_line(error)}): training goes on, make room or mend it")
 
 
 def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
@@ -2039,16 +2093,23 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
             image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
             drawn.append(((prompt, number), image))
     del vae
-    free_memory()
+    end_stage()
     images = dict(drawn if run.sharded else gather_object(drawn))
     if not run.accelerator.is_main_process:
         return []
+    with training_goes_on("The pictures"):
+        return save_validation_images(images, prompts, step, run)
+    return []
+
+
+def save_validation_images(images, prompts, step, run):
+    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; gives the files."""
     folder = Path(run.args.output_dir, "samples")
     folder.mkdir(parents=True, exist_ok=True)
     kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
-    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in jobs}
+    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in sorted(images)}
     for job, file in files.items():
-        images[job].save(file)
+        save_picture(images[job], file)
     rows = [
         [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
     ]
@@ -2119,7 +2180,7 @@ def save_sheet(rows, row_labels, column_labels, path):
         draw.text((2, top + row * side + side // 2), label, "black", font)
         for column, image in enumerate(images):
             sheet.paste(ImageOps.contain(image, (side, side), resample), (margin + column * side, top + row * side))
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def wrap_text(text, font, width, max_lines=4):
@@ -2168,9 +2229,8 @@ def held_out_loss(transformer, dataset, run):
     Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
     a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
     """
-    jobs = [(k, j) for k in range(len(dataset.examples["held-out"])) for j in range(HELD_OUT_LEVELS)]
-    losses = []
-    pictures = len(dataset.examples["held-out"])
+    pictures, losses = len(dataset.examples["held-out"]), []
+    jobs = [(k, j) for k in range(pictures) for j in range(HELD_OUT_LEVELS)]
     for k, j in jobs if run.sharded else run.share(jobs):
         level = (j + (k + 0.5) / pictures) / HELD_OUT_LEVELS
         latents = dataset.latents["held-out", k, False]
@@ -2184,11 +2244,9 @@ def held_out_loss(transformer, dataset, run):
         }
         losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
     losses = losses if run.sharded else gather_object(losses)
-    bands = {"": range(HELD_OUT_LEVELS)}
-    bands |= {
-        name: range(i * HELD_OUT_LEVELS // 3, (i + 1) * HELD_OUT_LEVELS // 3)
-        for i, name in enumerate(("_low", "_middle", "_high"))
-    }
+    third = HELD_OUT_LEVELS // 3
+    bands = {"": range(3 * third), "_low": range(third), "_middle": range(third, 2 * third)}
+    bands["_high"] = range(2 * third, 3 * third)
     return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
 
 
@@ -2217,7 +2275,8 @@ class Validation:
             logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
             self.history.append([losses[""], step])
             if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
-                save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
+                with training_goes_on("best/"):
+                    save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
         prompts = validation_prompts(self.run.args, final)
         if not prompts:
             return []
@@ -2265,7 +2324,7 @@ def write_model_card(args, files):
     held = next((f", the base held in {kind}" for name, kind in quantized.items() if getattr(args, name)), "")
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
     rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
-    body = f"""# {Path(args.output_dir).name}
+    body = f"""# {hub_repository(args)}
 
 {"<Gallery />" if files else ""}
 
@@ -2277,7 +2336,7 @@ import torch
 from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights({args.hub_model_id or Path(args.output_dir).name!r})
+pipe.load_lora_weights({hub_repository(args)!r})
 image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
 
@@ -2299,7 +2358,7 @@ def push_to_hub(args, files):
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     from huggingface_hub import HfApi
 
-    api, patterns = HfApi(token=args.hub_token), [LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*"]
+    api, patterns = HfApi(token=args.hub_token), [LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*.png"]
     try:
         repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
         write_model_card(argparse.Namespace(**{**vars(args), "hub_model_id": repository}), files)  # the owner is known
@@ -2310,9 +2369,7 @@ def push_to_hub(args, files):
             allow_patterns=patterns,
         )
     except Exception as error:  # the client raises its own, those of the network and of the Hub
-        cause = (
-            error.__cause__ if isinstance(error, RuntimeError) else None
-        ) or error  # uploading threads wrap theirs
+        cause = isinstance(error, RuntimeError) and error.__cause__ or error  # uploading threads wrap theirs
         reason = " ".join(str(cause).split())
         included = [word for pattern in patterns for word in ("--include", pattern)]
         private = ["--private"] if args.hub_private else []
@@ -2351,7 +2408,6 @@ def start(args):
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError("the launcher started several processes, but this machine has no device for each: start one")
     follow_launcher()
-    return_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (transformers, diffusers):
@@ -2365,6 +2421,12 @@ def start(args):
                 "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
             )
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
+        )
+    if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
     if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError("the accelerate config asks for FSDP version 1: set fsdp_version: 2 in its fsdp_config")
     if args.fsdp_text_encoder and not sharded:
@@ -2373,6 +2435,11 @@ def start(args):
         raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
     if args.attention_backend and args.attention_backend not in (names := [b.value for b in AttentionBackendName]):
         raise UserError(f"--attention_backend {args.attention_backend} is unknown: choose one of {', '.join(names)}")
+    if args.attention_backend:
+        try:
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"--attention_backend {args.attention_backend}: {first_line(error)}") from None
     if accelerator.mixed_precision == "fp16":
         logger.warning(
             "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
@@ -2411,15 +2478,15 @@ def start_trackers(args, accelerator):
         raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
 
 
-def choose_seed(args, checkpoint, accelerator):
+def choose_seed(args, checkpoint):
     """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
+    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
     if args.seed is not None:
         return args.seed
     if checkpoint:
         return checkpoint.manifest["seed"]
-    seed = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]
-    logger.info(f"--seed was not given: drew {seed}")
-    return seed
+    logger.info(f"--seed was not given: drew {drawn}")
+    return drawn
 
 
 def describe_plan(examples, buckets, missing_class_images, targets, schedule, run):
@@ -2561,7 +2628,7 @@ def set_aside_earlier_run(args):
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output_dir = Path(args.output_dir)
     names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
-    if not Path(args.logging_dir).is_absolute() and ".." not in Path(args.logging_dir).parts:
+    if Path(args.logging_dir).parts and not {"..", Path(args.logging_dir).anchor} & {*Path(args.logging_dir).parts}:
         names.append(args.logging_dir)  # elsewhere, it can hold the logs of other runs too
     left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
     if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
@@ -2621,6 +2688,12 @@ class Progress:
             )
 
 
+def leave_signals_to_main(worker):
+    """Ctrl-C and some clusters signal every process: the main one decides, and ends the workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run):
     """The loop, from `first_update` to the last update, with logs, checkpoints and validation on the way.
 
@@ -2633,16 +2706,20 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_main,
         pin_memory=accelerator.device.type == "cuda",
     )
     lr_scheduler = build_lr_scheduler(optimizer, args, schedule.max_train_steps, first_update)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
+    if manifest.get("scaler"):
+        scaler.load_state_dict(manifest["scaler"])
     progress = Progress(schedule, first_update, accelerator)
     batches, skipped_in_a_row = iter(loader), 0
     transformer.train()
     with StopSignal() as stop:
         for step in range(first_update + 1, schedule.max_train_steps + 1):
             loss = torch.zeros((), device=accelerator.device)
+            scaler.scale(loss)  # it needs to have seen something, also where this process has no sample
             for number, _ in enumerate(sampler.micro_batches(step - 1)):
                 if args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
                     torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
@@ -2668,7 +2745,8 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
 
             if stopping or step % args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
-                    save_checkpoint(step, transformer, optimizer, {**manifest, "held_out": validation.history}, args)
+                    state = {"held_out": validation.history, "scaler": scaler.state_dict()}
+                    save_checkpoint(step, transformer, optimizer, manifest | state, args)
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
@@ -2686,11 +2764,14 @@ def is_finished(args, schedule):
         return False
     if steps < schedule.max_train_steps:
         return False
-    logger.info(f"{args.output_dir} holds a finished run; its files are left alone. To go on, raise --max_train_steps")
+    logger.info(
+        f"{args.output_dir} holds a finished run; its files are left alone. "
+        "To go on from its last checkpoint, raise --max_train_steps"
+    )
     return True
 
 
-def save_result(transformer, schedule, run):
+def save_result(transformer, run):
     """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
     args = run.args
     folder = Path(args.output_dir)
@@ -2700,15 +2781,11 @@ def save_result(transformer, schedule, run):
         state = save_lora(transformer, folder, run.saving_dtype)
         comfyui.parent.mkdir(exist_ok=True)
         save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
-        os.replace(comfyui.with_suffix(".part"), comfyui)
-        write_json(folder / RUN_FILE, {"steps": schedule.max_train_steps, "seed": run.seed})
+        put_in_place(comfyui.with_suffix(".part"), comfyui)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
     scale = args.lora_alpha / args.rank
-    for file, scale_as_read in (
-        (folder / LORA_FILE, scale),
-        (comfyui, 1.0),
-    ):  # diffusers folds an alpha inside into A, B
+    for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
         loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
         for name in lora_modules(state):
             expected = scale * effect(state, name)
@@ -2746,9 +2823,10 @@ def loggable(args):
 def main(args):
     """Train as `args` (of `parse_args`) says. Raises UserError for what the user can mend."""
     accelerator = start(args)
+    args.validation_prompt = read_prompts(args.validation_prompt or []) or None  # once: a file may change meanwhile
     checkpoint = find_checkpoint(args)
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint, accelerator), weight_dtype)
+    run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint), weight_dtype)
     targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
     # These are needed later; mistakes in them end the run here, before anything is loaded.
     quantization_config(run)
@@ -2773,13 +2851,13 @@ def main(args):
         )
     if checkpoint:
         check_fingerprint(checkpoint, manifest["fingerprint"])
-    if args.dry_run:
-        warn_of_cut_prompts(examples, run)
-        return
     if args.resume_from_checkpoint and is_finished(args, schedule):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
+    if args.dry_run:
+        warn_of_cut_prompts(examples, run)
+        return
     if accelerator.is_main_process:
         prepare_output(args, checkpoint)
     accelerator.wait_for_everyone()
@@ -2806,6 +2884,7 @@ def main(args):
         wear_base_adapter(transformer, args)
     optimizer = build_optimizer(parameters, args, schedule.learning_rate)
     first_update = load_checkpoint(checkpoint, transformer, optimizer, schedule.learning_rate) if checkpoint else 0
+    manifest["scaler"] = checkpoint.manifest.get("scaler") if checkpoint else None  # of fp16's loss
     if run.sharded:
         adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
         shard((*transformer_blocks(transformer), transformer), accelerator, ignored=adapters)
@@ -2827,11 +2906,12 @@ def main(args):
 
     # The result
     if accelerator.is_main_process:
-        save_result(transformer, schedule, run)
+        save_result(transformer, run)
     accelerator.wait_for_everyone()
     files = validation(schedule.max_train_steps, final=True)
     if accelerator.is_main_process:
         write_model_card(args, files)
+        write_json(Path(args.output_dir, RUN_FILE), {"steps": schedule.max_train_steps, "seed": run.seed})
         if args.push_to_hub:
             push_to_hub(args, files)
         print(
@@ -2853,9 +2933,12 @@ def run_command_line():
     try:
         main(parse_args())
     except (UserError, TrainingError) as error:
-        print_error(str(error))
+        text = str(error)
+        if text.startswith("Caught "):  # in a DataLoader worker, which puts its traceback before
+            text = text.strip().rpartition("UserError: ")[2]
+        print_error(text)
         return 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # a disk that is full, a folder that cannot be written
+    except (OSError, SafetensorError) as error:  # a disk that is full, a folder that cannot be written
         print_error(first_line(error))
         return 1
     except torch.OutOfMemoryError as error:

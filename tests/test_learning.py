@@ -40,7 +40,7 @@ def has_learned(out, name):
 def test_training_teaches_the_subject(trained, name):
     assert has_learned(trained(name), name)
     other = next(prompt for prompt in PROMPTS if prompt != name)
-    assert subject_score(trained(name), other) < 0.2  # the score is of this subject, not of any change
+    assert subject_score(trained(name), other) < 0.35  # the score is of this subject, not of any change
 
 
 @pytest.mark.parametrize("fault", ["velocity not negated", "time t / 1000", "no VAE shift and scale"])
