@@ -89,6 +89,7 @@ def run_trainer(argv, log, before, env):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for workers, as in a trainer that was started by itself
     gc.freeze()  # what was imported before the fork is no garbage: collections need not look at it

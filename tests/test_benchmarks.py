@@ -24,6 +24,7 @@ def benchmark(name, *flags, output):
     return json.loads(output.read_text(encoding="utf-8")), finished.stdout
 
 
+@pytest.mark.slow
 def test_full_size_compares_two_trainers_by_turns(tiny_model, tmp_path):
     flags = [f"--folder={tiny_model}", "--resolution=64", "--steps=4", f"--script={SCRIPT}"]
     content, printed = benchmark("full_size.py", *flags, output=tmp_path / "figures.json")

@@ -1,6 +1,7 @@
 """The command line: its flags and defaults, LoRA targets, and mistakes of the user."""
 
 import ast
+import importlib.util
 import json
 import logging
 import os
@@ -192,6 +193,18 @@ def test_a_flag_without_effect_says_so_in_one_line(name, run_here, model_without
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **{name: 1}))
     assert finished.returncode == 0, finished
     assert [f"--{name} has no effect" in line for line in finished.stderr.splitlines()].count(True) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_an_attention_backend_whose_library_is_missing_is_named(run_here, model_without_weights, photos, tmp_path):
+    argv = train_args(model_without_weights, photos, tmp_path / "out", attention_backend="flash")
+    assert_mistake(run_here(*argv), "--attention_backend flash")
+
+
+def test_the_plan_names_a_damaged_picture(run_here, model_without_weights, photos, tmp_path):
+    (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
+    argv = train_args(model_without_weights, photos, tmp_path / "out", dry_run=True)
+    assert_mistake(run_here(*argv), "cat.png")
 
 
 @pytest.mark.parametrize(

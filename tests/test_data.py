@@ -505,6 +505,18 @@ def test_corrupt_picture_of_a_data_set_is_named(dataset_flags):
     assert_mistake(error, "[1]")
 
 
+def test_row_of_a_data_set_without_a_picture_is_named(dataset_flags, tmp_path):
+    import datasets
+
+    picture = {"bytes": (dataset_flags["dataset_name"] / "a.png").read_bytes(), "path": None}
+    rows = datasets.Dataset.from_list([{"image": picture}, {"image": None}])
+    (tmp_path / "rows").mkdir()
+    rows.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows" / "train.parquet")
+    with pytest.raises(trainer.UserError) as error:
+        read_examples(dataset_name=tmp_path / "rows", cache_dir=tmp_path / "cache")
+    assert_mistake(error, "[1]", "no picture")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------

@@ -668,6 +668,16 @@ def test_fsdp_with_an_8_bit_base_is_refused_in_one_line(tiny_model, data, tmp_pa
     assert "Traceback" not in "".join(result.outputs)
 
 
+def test_fsdp_with_parameters_in_host_memory_is_refused_in_one_line(tiny_model, data, tmp_path):
+    env = {"FSDP_OFFLOAD_PARAMS": "true"}
+    result = train_together(
+        2, train_args(tiny_model, **data, out=tmp_path / "out"), tmp_path, fsdp=True, env=env, check=False
+    )
+    assert result.exit_statuses == [2, 2]
+    assert "fsdp_offload_params" in result.outputs[0]
+    assert "Traceback" not in "".join(result.outputs)
+
+
 def test_fsdp_text_encoder_without_fsdp_is_refused_in_one_line(tiny_model, data, tmp_path):
     argv = train_args(tiny_model, **data, out=tmp_path / "out", fsdp_text_encoder=True)
     result = train_together(2, argv, tmp_path, check=False)

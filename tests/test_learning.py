@@ -48,14 +48,17 @@ def test_a_fault_is_noticed(trained, fault):
     assert not has_learned(trained(f"fault: {fault}"), "striped-ball")
 
 
+@pytest.mark.slow
 def test_two_subjects_are_told_apart_by_their_captions(trained):
     assert all(has_learned(trained("both at once, by their captions"), name) for name in PROMPTS)
 
 
+@pytest.mark.slow
 def test_exchanged_captions_are_noticed(trained):
     assert not any(has_learned(trained("fault: captions exchanged"), name) for name in PROMPTS)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_it_too(trained):
     assert has_learned(trained("two processes"), "striped-ball")
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -29,6 +30,7 @@ from kill_test import (
 from tiny import (
     LAUNCHER_FLAGS,
     SCRIPT,
+    build_tiny_pipeline,
     launch_distributed,
     lora_tensors,
     run_script,
@@ -781,6 +783,34 @@ def test_a_signal_lets_the_step_end_and_be_saved(send, status, tiny_model, photo
     assert bit_identical(tmp_path / "out", shared_run)
 
 
+def signal_every_process(trainer):
+    """As Ctrl-C at a terminal does it, in the second step: the processes that read pictures get it too."""
+    training_loss, calls = trainer.training_loss, []
+
+    def loss(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        return training_loss(*args)
+
+    trainer.training_loss = loss
+
+
+def test_a_signal_that_reaches_the_workers_too_lets_the_step_end_and_be_saved(
+    tiny_model, photos, shared_run, tmp_path, fork
+):
+    flags = {**SHORT, "checkpointing_steps": 500, "dataloader_num_workers": 2}
+    argv = train_args(tiny_model, photos, tmp_path / "out", **flags)
+    finished = fork(argv, before=signal_every_process, check=False)
+    assert finished.returncode == 130, str(finished)
+    assert "Traceback" not in finished.output
+    assert checkpoints(tmp_path / "out") == [2]
+    fork(argv, "--resume_from_checkpoint=latest")
+    assert bit_identical(tmp_path / "out", shared_run)
+
+
 def interrupt_encoding(trainer):
     def encode(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -913,6 +943,24 @@ def test_a_harmless_change_is_said_and_the_run_goes_on(
     assert f"Resuming with a change: {request.node.callspec.id} was" in said
 
 
+def test_a_run_is_not_resumed_with_a_base_adapter_that_it_did_not_have(
+    rank_8_run, tiny_model, shared_photos, until_encoding
+):
+    flags = {**BASE, "base_adapter": rank_8_run / LORA, "resume_from_checkpoint": "latest"}
+    with pytest.raises(trainer.UserError, match="base_adapter was None"):
+        trainer.main(trainer.parse_args(train_args(tiny_model, shared_photos, rank_8_run, **flags)))
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_the_same_shape(
+    rank_8_run, shared_photos, until_encoding, tmp_path
+):
+    other = build_tiny_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(trainer.UserError, match="transformer was"):
+        trainer.main(
+            trainer.parse_args(train_args(other, shared_photos, rank_8_run, **BASE, resume_from_checkpoint="latest"))
+        )
+
+
 def test_a_seed_that_was_drawn_is_taken_from_the_checkpoint(rank_8_run, tiny_model, shared_photos, until_encoding):
     flags = {**BASE, "seed": None, "resume_from_checkpoint": "latest", "max_train_steps": 1}
     assert "drew" not in until_encoding(train_args(tiny_model, shared_photos, rank_8_run, **flags))
@@ -951,6 +999,66 @@ def test_a_finished_run_says_so_and_keeps_its_files(limit, shared_run, tiny_mode
     assert snapshot(shared_run) == before
 
 
+def kill_while_the_last_pictures_are_drawn(trainer):
+    def draw(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.draw_validation_images = draw
+
+
+def test_a_run_killed_before_its_last_pictures_is_not_finished(tiny_model, photos, tmp_path, fork):
+    flags = {**SHORT, "checkpointing_steps": 3, "skip_final_inference": False, "resolution": 32}
+    pictures = {"final_validation_prompt": "a dog", "num_validation_images": 1, "validation_num_inference_steps": 2}
+    argv = train_args(tiny_model, photos, tmp_path / "out", **flags, **pictures)
+    assert fork(argv, before=kill_while_the_last_pictures_are_drawn, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / LORA).exists()
+    fork(argv, "--resume_from_checkpoint=latest")
+    assert len(list((tmp_path / "out" / "samples").glob("final-000004-*.png"))) == 1
+    assert "finished run" in fork(argv, "--resume_from_checkpoint=latest").output
+
+
+def lose_the_disk_for_pictures(trainer):
+    def save(image, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer.save_picture = save
+
+
+def test_pictures_that_cannot_be_written_do_not_end_the_run(tiny_model, photos, shared_run, tmp_path, fork):
+    pictures = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_num_inference_steps": 1}
+    argv = train_args(tiny_model, photos, tmp_path / "out", **SHORT, **pictures)
+    finished = fork(argv, before=lose_the_disk_for_pictures)
+    assert "No space left" in finished.output and "Traceback" not in finished.output
+    assert bit_identical(tmp_path / "out", shared_run)
+
+
+def change_the_prompts_while_training(trainer):
+    train = trainer.train
+
+    def change(*args):
+        Path(os.environ["PROMPTS"]).write_text("another prompt\n", encoding="utf-8")
+        return train(*args)
+
+    trainer.train = change
+
+
+def test_a_file_of_prompts_may_change_while_the_run_goes_on(tiny_model, photos, tmp_path, fork):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n", encoding="utf-8")
+    pictures = {"validation_prompt": prompts, "num_validation_images": 1, "validation_num_inference_steps": 1}
+    flags = {"skip_final_inference": False, "resolution": 32, "max_train_steps": 1}
+    argv = train_args(tiny_model, photos, tmp_path / "out", **flags, **pictures)
+    fork(argv, before=change_the_prompts_while_training, env={"PROMPTS": str(prompts)})
+    assert len(list((tmp_path / "out" / "samples").glob("step-000001-prompt-*.png"))) == 2
+
+
+def test_the_lora_can_be_read_by_those_whom_the_umask_allows(shared_run):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [shared_run / LORA, *(shared_run / "comfyui").iterdir()]
+    assert [oct(path.stat().st_mode & 0o777) for path in files] == [oct(0o666 & ~umask)] * 2
+
+
 def test_a_finished_run_can_be_made_longer(shared_run, tiny_model, photos, tmp_path, fork):
     out = Path(shutil.copytree(shared_run, tmp_path / "out"))
     argv = train_args(tiny_model, photos, out, **{**SHORT, "max_train_steps": 5})
@@ -978,6 +1086,13 @@ def test_a_new_run_moves_an_earlier_one_aside_and_says_so(shared_run, tiny_model
         assert not bit_identical(out, out / f"earlier-run-{number}")
         assert checkpoints(out) == []  # no checkpoint of the earlier run is mistaken for one of this
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_logs_in_the_output_folder_itself_do_not_keep_an_earlier_run_from_moving(tiny_model, photos, tmp_path, fork):
+    argv = train_args(tiny_model, photos, tmp_path / "out", logging_dir=".", max_train_steps=1)
+    fork(argv)
+    assert "earlier-run-1" in fork(argv).output
+    assert (tmp_path / "out" / "earlier-run-1" / LORA).exists()
 
 
 @pytest.mark.parametrize("shared", ["absolute", "beside"])

@@ -465,6 +465,18 @@ def test_a_second_run_takes_every_encoding_from_the_cache(train, tiny_model, pho
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_run_with_another_seed_takes_every_encoding_from_the_cache_too(train, tiny_model, photos, tmp_path):
+    flags = {"cache_latents": True, "encoding_cache_dir": tmp_path / "cache", "resolution": 32}
+    train(*train_args(tiny_model, photos, tmp_path / "a", **flags))
+    train(*train_args(tiny_model, photos, tmp_path / "b", seed=1, **flags), function=recorded_without_encoders)
+
+
+def test_a_prompt_that_the_model_has_no_room_for_is_cut(train, tiny_model, photos, tmp_path):
+    flags = {"instance_prompt": "dog " * 2000, "max_sequence_length": 9000, "resolution": 32, "max_train_steps": 1}
+    train(*train_args(tiny_model, photos, tmp_path / "out", **flags))
+    assert lora_tensors(tmp_path / "out")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objective
 # ---------------------------------------------------------------------------------------------------------------------

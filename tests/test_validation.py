@@ -317,7 +317,7 @@ def test_tensorboard_gets_the_pictures_of_every_validation(validated):
 def prompts_of(*flags):
     """The prompts that a command line means."""
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
-    return trainer.validation_prompts(trainer.parse_args([*required, *flags]))
+    return trainer.read_prompts(trainer.parse_args([*required, *flags]).validation_prompt)
 
 
 def test_prompts_come_from_the_command_line_and_from_text_files_in_their_order(tmp_path):
