@@ -66,6 +66,7 @@ def test_every_flag_that_the_readme_names_exists():
         "--build_only",
         "--pictures",
         "--steps",
+        "--rounds",
         "--flags",
         "--float32_products",
         "--script",
