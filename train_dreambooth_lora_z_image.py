@@ -37,6 +37,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1989,8 +1990,14 @@ def follow_launcher():
         and "ACCELERATE_MIXED_PRECISION" in os.environ
         and "TORCHELASTIC_RUN_ID" not in os.environ
     ):
+        send_when_parent_dies(signal.SIGTERM)
+
+
+def send_when_parent_dies(number):
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2688,10 +2695,13 @@ class Progress:
             )
 
 
-def leave_signals_to_main(worker):
-    """Ctrl-C and some clusters signal every process: the main one decides, and ends the workers."""
+def tie_to_main(worker):
+    """Ctrl-C and some clusters signal every process: the main one decides. A worker ends with it, however early."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    send_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed before that
+        os._exit(1)
 
 
 def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run):
@@ -2706,7 +2716,7 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=tie_to_main,
         pin_memory=accelerator.device.type == "cuda",
     )
     lr_scheduler = build_lr_scheduler(optimizer, args, schedule.max_train_steps, first_update)
