@@ -59,11 +59,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedType,
     DynamoBackend,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from diffusers import (
     AutoencoderKL,
@@ -203,7 +205,7 @@ def build_parser():
     add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="SHARE",
         help="Recompute the transformer's blocks, or a share of them, in the backward pass: less memory, more time.")
     add("--offload", action="store_true",
-        help="Keep the text encoder and the VAE in host memory, on the device only while they encode.")
+        help="Keep encoders, and the inputs of recomputed blocks, in host memory while the device does not need them.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
     add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
     add("--base_adapter", metavar="PATH[:WEIGHT]",
@@ -920,7 +922,7 @@ class BucketBatchSampler:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """Where the pipeline is, and what its configuration files say."""
 
@@ -1112,7 +1114,8 @@ def encode_prompts(prompts, run):
     longest = run.model.longest_prompt(args)
     settings = ("prompt", run.model.identity["text_encoder"], longest, str(dtype))
     # One process looks into the cache for all: another run may be adding to it.
-    embeds = broadcast_object_list([{prompt: cache.get((*settings, prompt)) for prompt in prompts}])[0]
+    embeds = accelerator.is_main_process and {prompt: cache.get((*settings, prompt)) for prompt in prompts}
+    embeds = broadcast_object_list([embeds])[0]
     missing = [prompt for prompt, embed in embeds.items() if embed is None]
     if not missing:
         return embeds
@@ -1122,11 +1125,12 @@ def encode_prompts(prompts, run):
         text_encoder.rotary_emb.to(accelerator.device)
         # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
         shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), accelerator)
-    elif not args.offload:
+    elif args.offload:
+        accelerate.cpu_offload(text_encoder, accelerator.device)  # each layer visits the device by itself
+    else:
         text_encoder.to(accelerator.device)
-    offload = args.offload and not args.fsdp_text_encoder
     encoded = []
-    with torch.no_grad(), offload_models(text_encoder, device=accelerator.device, offload=offload):
+    with torch.no_grad():
         for prompt in missing if args.fsdp_text_encoder else run.share(missing):
             length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
             embed = pipeline.encode_prompt(
@@ -1446,20 +1450,29 @@ def load_transformer(run):
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
     share = args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing)
     if share:
-        checkpoint_blocks(transformer, share)
+        checkpoint_blocks(transformer, share, on_host=offloads(run))
     return transformer
 
 
-def checkpoint_blocks(transformer, share):
-    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass."""
+def offloads(run):
+    """Whether `--offload` has somewhere to put things: on the CPU it has not."""
+    return run.args.offload and run.accelerator.device.type != "cpu"
+
+
+def checkpoint_blocks(transformer, share, on_host=False):
+    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass.
+
+    With `on_host` those wait in host memory.
+    """
     recomputed = {
         block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
     }
 
     def run_block(block, *inputs):
-        if block in recomputed:
+        if block not in recomputed:
+            return block(*inputs)
+        with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
             return recompute_in_backward(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     transformer.enable_gradient_checkpointing(run_block)
 
@@ -2398,6 +2411,10 @@ def start(args):
         raise UserError(
             "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
         )
+    if any(parse_flag_from_env(f"ACCELERATE_USE_{library}") for library in ("DEEPSPEED", "MEGATRON_LM")):
+        raise UserError(
+            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
+        )
     precision = args.mixed_precision
     if args.do_fp8_training and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
@@ -2406,6 +2423,8 @@ def start(args):
         accelerator = Accelerator(
             mixed_precision=precision,
             log_with=trackers,
+            # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
             project_config=ProjectConfiguration(
                 args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
             ),
@@ -2428,10 +2447,6 @@ def start(args):
                 "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
             )
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
-        )
     if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
     if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
@@ -2548,6 +2563,8 @@ def other_flags(buckets, targets, run):
         flags.append("use_8bit_adam")
     if not run.args.bnb_quantization_config_path:
         flags.append("do_fp8_training")
+    if run.accelerator.device.type != "cpu":
+        flags.append("offload")
     peaks = {}
     for flag in flags:
         given = getattr(run.args, flag)
@@ -2573,22 +2590,14 @@ def find_duplicates(examples):
 def expected_memory(buckets, targets, run):
     """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
     args, config = run.args, run.model.transformer_config
-    width = run.weight_dtype.itemsize
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(config)
-        text_encoder = transformers.AutoModel.from_config(run.model.text_config)
-        vae = AutoencoderKL.from_config(run.model.vae_config)
-    parameters = [sum(p.numel() for p in part.parameters()) for part in (text_encoder, vae, transformer)]
-    text_encoder, vae, weights = parameters[0] * width, parameters[1] * 4, parameters[2] * width
-    if args.do_fp8_training or args.bnb_quantization_config_path:
-        linear = [
-            m for block in transformer_blocks(transformer) for m in block.modules() if isinstance(m, torch.nn.Linear)
-        ]
-        if args.do_fp8_training:
-            linear = [module for module in linear if module.bias is None]
-        four_bit = args.bnb_quantization_config_path and quantization_config(run).load_in_4bit
-        narrow = 0.57 if four_bit else 1  # 4 bits and a scale for each 64, or 8 bits
-        weights -= sum(module.weight.numel() for module in linear) * (width - narrow)
+    width, parameters = run.weight_dtype.itemsize, count_parameters(run.model)
+    weights = parameters["transformer"] * width
+    if args.do_fp8_training:
+        weights -= parameters["products"] * (width - 1)
+    elif quantization := quantization_config(run):
+        scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
+        narrow = 0.5 + scales if quantization.load_in_4bit else 1
+        weights -= (parameters["products"] + parameters["modulation"]) * (width - narrow)
     rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
     adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
@@ -2599,15 +2608,35 @@ def expected_memory(buckets, targets, run):
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
     layers = config["n_layers"] + config["n_refiner_layers"]
     recomputed = layers * float(args.gradient_checkpointing)
-    in_layers = kept * max(1, layers - recomputed) + boundary * recomputed
+    in_layers = kept * max(1, layers - recomputed) + (1 if offloads(run) else recomputed) * boundary
     activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
-    encoding = vae + pixels * 4 * 900  # the VAE's widest layers
+    encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
+    if not args.cache_latents:  # the VAE encodes before the transformer begins
+        activations = max(activations + (0 if offloads(run) else parameters["vae"] * 4), encoding)
     stages = {
-        "text encoder": text_encoder,
+        "text encoder": parameters["text layer" if offloads(run) else "text encoder"] * width,
         "VAE": encoding,
-        "training": weights + adapter + activations + (0 if args.cache_latents else encoding),
+        "training": weights + adapter + activations,
     }
     return {stage: size / 2**30 for stage, size in stages.items()}
+
+
+@functools.cache
+def count_parameters(model):
+    """{part of the pipeline: its number of parameters}."""
+    with torch.device("meta"):
+        text_encoder = transformers.AutoModel.from_config(model.text_config)
+        vae = AutoencoderKL.from_config(model.vae_config)
+        transformer = ZImageTransformer2DModel.from_config(model.transformer_config)
+    linear = [m for b in transformer_blocks(transformer) for m in b.modules() if isinstance(m, torch.nn.Linear)]
+    return {
+        "text encoder": sum(p.numel() for p in text_encoder.parameters()),
+        "text layer": max(sum(p.numel() for p in m.parameters(recurse=False)) for m in text_encoder.modules()),
+        "vae": sum(p.numel() for p in vae.parameters()),
+        "transformer": sum(p.numel() for p in transformer.parameters()),
+        "products": sum(m.weight.numel() for m in linear if m.bias is None),  # of attention and feed-forward
+        "modulation": sum(m.weight.numel() for m in linear if m.bias is not None),
+    }
 
 
 def prepare_output(args, checkpoint):

@@ -377,6 +377,13 @@ def test_a_picture_that_goes_bad_during_training_ends_it_with_one_line(workers, 
     assert "cat.png" in error_line(finished.output, finished.returncode)
 
 
+@pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
+def test_a_config_that_shards_in_another_way_is_refused(library, answer, monkeypatch, tiny_model, photos, tmp_path):
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
+    assert "configs/fsdp.yaml" in error_line(text, status)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders, links, rights
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -568,7 +569,7 @@ def test_the_plan_counts_the_parameters_that_a_run_saves(run_here, tiny_model, p
         assert int(counts[name].replace(",", "")) == saved > 0
 
 
-SAVE_MEMORY = ("gradient_checkpointing", "cache_latents", "use_8bit_adam", "do_fp8_training")
+SAVE_MEMORY = ("gradient_checkpointing", "cache_latents", "use_8bit_adam", "do_fp8_training", "offload")
 
 
 @pytest.mark.parametrize("given", [(), SAVE_MEMORY], ids=["none given", "all given"])
@@ -579,7 +580,8 @@ def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_mode
 
     def run_with(*flags):
         args = trainer.parse_args([*required, *(f"--{flag}" for flag in flags)])
-        return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, None, model, 0, torch.bfloat16)
+        accelerator = SimpleNamespace(device=torch.device("cuda"))
+        return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, accelerator, model, 0, torch.bfloat16)
 
     base, others = trainer.expected_memory(*run_with(*given))["training"], trainer.other_flags(*run_with(*given))
     assert {line.split("--")[1] for line in others} == set(SAVE_MEMORY)

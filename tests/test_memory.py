@@ -1,15 +1,18 @@
 """What the plan says about memory is what training then takes: weights, adapter, optimizer, activations."""
 
 import itertools
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch.profiler import ProfilerActivity, profile
 
 import train_dreambooth_lora_z_image as trainer
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import build_tiny_pipeline
+from tiny import ROOT, build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +65,86 @@ def test_float8_weights_take_the_memory_that_the_plan_expects(narrow_model):
     expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
     activations = 65 * 256 * (63 + 2 * 4 + 20)
     assert expected["training"] * 2**30 - activations == pytest.approx(weights, rel=0.05)
+
+
+def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeypatch):
+    # diffusers asks for a GPU, bitsandbytes does not
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: device_map)
+    nf4 = ROOT / "configs" / "nf4.json"
+    run = make_run(narrow_model, "bf16", bnb_quantization_config_path=nf4, gradient_checkpointing=True)
+    run.args.cache_latents = True
+    transformer = trainer.load_transformer(run)
+    weights = sum(parameter.nbytes for parameter in transformer.parameters())
+    for parameter in transformer.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            weights += state.absmax.nbytes + state.state2.absmax.nbytes
+    expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
+    activations = 65 * 256 * (63 + 2 * 4 + 20)
+    assert expected["training"] * 2**30 - activations == pytest.approx(weights, rel=0.05)
+
+
+def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, monkeypatch):
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
+    load, linear = trainer.load_text_pipeline, torch.nn.functional.linear
+    encoder, most = [], [0]
+
+    def remember(*args):
+        pipeline = load(*args)
+        encoder[:] = [pipeline.text_encoder]
+        return pipeline
+
+    def count_weights(*args):
+        here = sum(parameter.numel() for parameter in encoder[0].parameters() if not parameter.is_meta)
+        most[0] = max(most[0], here)
+        return linear(*args)
+
+    monkeypatch.setattr(trainer, "load_text_pipeline", remember)
+    monkeypatch.setattr(torch.nn.functional, "linear", count_weights)
+    embeds, weights = [], []
+    for flags in ({}, {"offload": True}):
+        run = make_run(tiny_model, **flags)
+        run = trainer.Run(run.args, accelerator, run.model, 0, torch.float32)
+        most[0] = 0
+        embeds.append(trainer.encode_prompts(["a photo of sks dog"], run)["a photo of sks dog"])
+        weights.append(most[0])
+    assert torch.equal(*embeds)
+    sizes = trainer.count_parameters(run.model)
+    assert weights[0] == sizes["text encoder"]
+    assert 0 < weights[1] <= sizes["text layer"] < sizes["text encoder"] / 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "recomputed"), [(False, []), (True, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0.5, [1, 3]), (0.25, [3])]
+)
+def test_the_flag_has_a_share_of_the_blocks_recomputed(flag, recomputed, tiny_model):
+    run = make_run(tiny_model, gradient_checkpointing=flag)
+    transformer, parameters = prepare(run)
+    blocks, passes = trainer.transformer_blocks(transformer), Counter()
+    for number, block in enumerate(blocks):
+        block.feed_forward.register_forward_pre_hook(lambda *_, number=number: passes.update([number]))
+    gradients(transformer, parameters, make_batch(run, (64, 64), tokens=5), run)
+    assert [number for number in range(len(blocks)) if passes[number] == 2] == recomputed
+
+
+def test_inputs_of_recomputed_blocks_can_wait_on_the_host(tiny_model, monkeypatch):
+    """With the same gradients; what waits is what each block starts from, and nothing of its inside."""
+    run = make_run(tiny_model)
+    batch, width = make_batch(run, (64, 64), tokens=5), run.model.transformer_config["dim"]
+    save_on_cpu, waiting, results = torch.autograd.graph.save_on_cpu, [], []
+
+    def recorded(**options):
+        hooks = save_on_cpu(**options)
+        to_host = hooks.pack_hook
+        hooks.pack_hook = lambda tensor: waiting.append(tuple(tensor.shape)) or to_host(tensor)
+        return hooks
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", recorded)
+    for on_host in (False, True):
+        transformer, parameters = prepare(run)
+        trainer.checkpoint_blocks(transformer, 1.0, on_host)
+        results.append(gradients(transformer, parameters, batch, run))
+        assert bool(waiting) is on_host
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    tokens = [shape[1] for shape in waiting if len(shape) == 3 and shape[2] == width]
+    assert sorted(tokens) == [32, 32, 64, 64]  # of the picture, the caption, and both in two layers

@@ -68,7 +68,7 @@ def test_every_flag_that_the_readme_names_exists():
         "--steps",
         "--rounds",
         "--flags",
-        "--float32_products",
+        "--products",
         "--script",
     }  # benchmarks
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", README.read_text(encoding="utf-8")))

@@ -577,21 +577,6 @@ def test_gradient_checkpointing_gives_the_same_weights(train, tiny_model, photos
     assert_same_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
 
 
-@pytest.mark.parametrize(("share", "recomputed"), [(1.0, [0, 1, 2, 3]), (0.5, [1, 3]), (0.25, [3])])
-def test_a_share_of_the_blocks_is_recomputed(tiny_model, share, recomputed):
-    transformer = ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
-    trainer.checkpoint_blocks(transformer, share)
-    blocks, passes = trainer.transformer_blocks(transformer), Counter()
-    for number, block in enumerate(blocks):
-        block.feed_forward.register_forward_pre_hook(lambda *_, number=number: passes.update([number]))
-    size, caption = transformer.config.in_channels, torch.randn(5, transformer.config.cap_feat_dim)
-    velocity = trainer.predict_velocity(
-        transformer, torch.randn(1, size, 8, 8), torch.tensor([0.5]), [caption], torch.float32
-    )
-    velocity.sum().backward()
-    assert [number for number in range(len(blocks)) if passes[number] == 2] == recomputed
-
-
 @pytest.mark.parametrize("cached", [False, True], ids=["uncached", "cached"])
 def test_offload_gives_the_same_weights(train, tiny_model, photos, tmp_path, cached):
     flags = {"resolution": 32, "cache_latents": cached}

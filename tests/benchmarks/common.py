@@ -50,9 +50,9 @@ def benchmark_parser(docstring):
     add("--rank", type=int, default=16, help="of the LoRA")
     add("--flags", default="", help='more flags for every run, for example "--use_8bit_adam"')
     add(
-        "--float32_products",
-        action="store_true",
-        help="multiply bf16 matrices in float32: for memory on a CPU that is too slow in bf16 (float32_products.py)",
+        "--products",
+        choices=["float32", "none"],
+        help="multiply bf16 matrices in float32, or not at all: for a CPU that is too slow in bf16 (products.py)",
     )
     return parser
 
@@ -104,8 +104,8 @@ def launch_command(script, flags, args):
     launcher += [f"--mixed_precision={args.mixed_precision}", "--dynamo_backend=no"]
     if not torch.cuda.is_available():
         launcher.append("--cpu")
-    if args.float32_products:
-        launcher.append(BENCHMARKS / "float32_products.py")
+    if args.products:
+        launcher += [BENCHMARKS / "products.py", args.products]
     return [str(word) for word in (*launcher, script, *flags)]
 
 
