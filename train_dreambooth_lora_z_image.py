@@ -972,6 +972,11 @@ class Run:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
+    def compiled(self):
+        """Whether the transformer's blocks are compiled, for the flag or for the accelerate config's section."""
+        return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+    @property
     def saving_dtype(self):
         """Type of the LoRA files, apart from checkpoints."""
         return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
@@ -1450,7 +1455,7 @@ def load_transformer(run):
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
     share = args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing)
     if share:
-        checkpoint_blocks(transformer, share, on_host=offloads(run))
+        checkpoint_blocks(transformer, share, reentrant=not (run.compiled or run.sharded), on_host=offloads(run))
     return transformer
 
 
@@ -1459,20 +1464,23 @@ def offloads(run):
     return run.args.offload and run.accelerator.device.type != "cpu"
 
 
-def checkpoint_blocks(transformer, share, on_host=False):
+def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
     """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass.
 
-    With `on_host` those wait in host memory.
+    `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
+    hooks want that graph, and compiled blocks would be compiled without it as well. With `on_host` the inputs wait in
+    host memory.
     """
     recomputed = {
         block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
     }
 
-    def run_block(block, *inputs):
+    def run_block(block, hidden_states, *inputs):
         if block not in recomputed:
-            return block(*inputs)
+            return block(hidden_states, *inputs)
+        hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
-            return recompute_in_backward(block, *inputs, use_reentrant=False)
+            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant)
 
     transformer.enable_gradient_checkpointing(run_block)
 
@@ -2927,7 +2935,7 @@ def main(args):
     if run.sharded:
         adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
         shard((*transformer_blocks(transformer), transformer), accelerator, ignored=adapters)
-    if args.compile or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if run.compiled:
         compile_blocks(transformer)
 
     # Training

@@ -67,12 +67,19 @@ def make_run(model, precision="no", **flags):
     args = trainer.parse_args(train_args(model, "unused", "unused", **flags))
     accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
     return SimpleNamespace(
-        args=args, accelerator=accelerator, model=trainer.check_model(args), weight_dtype=dtype, sharded=False, seed=0
+        args=args,
+        accelerator=accelerator,
+        model=trainer.check_model(args),
+        weight_dtype=dtype,
+        sharded=False,
+        compiled=False,
+        seed=0,
     )
 
 
 def prepare(run, compiled=False):
     """The transformer as the trainer prepares it, and its LoRA's parameters, B random so that A has a gradient too."""
+    run.compiled = compiled
     transformer = trainer.load_transformer(run)
     targets = trainer.resolve_lora_layers(run.args.lora_layers, run.model.transformer_config)
     parameters = trainer.add_lora(transformer, targets, run)

@@ -199,13 +199,14 @@ SIZES = {  # batch and accumulation
     "1+1+1+1": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
     "6": {"train_batch_size": 6},
 }
+SAVING_MEMORY = {"fsdp_text_encoder": True, "gradient_checkpointing": True}
 RUNS = {  # name: (processes, FSDP, flags)
     "one": (1, False, {**CACHED, **SIZES["4"]}),
     "one, accumulating": (1, False, {**CACHED, **SIZES["1+1+1+1"]}),
     "two": (2, False, {**CACHED, **SIZES["2"]}),
-    "two, accumulating": (2, False, {**CACHED, **SIZES["1+1"]}),
+    "two, accumulating": (2, False, {**CACHED, **SIZES["1+1"], "gradient_checkpointing": True}),
     "two, sharded": (2, True, {**CACHED, **SIZES["2"]}),
-    "two, sharded, accumulating": (2, True, {**CACHED, **SIZES["1+1"], "fsdp_text_encoder": True}),
+    "two, sharded, accumulating": (2, True, {**CACHED, **SIZES["1+1"], **SAVING_MEMORY}),
     "one for three": (1, False, {**ANEW, **SIZES["6"]}),
     "three": (3, False, {**ANEW, **SIZES["2"]}),
     "three, sharded": (3, True, {**ANEW, **SIZES["2"]}),

@@ -127,8 +127,9 @@ def test_the_flag_has_a_share_of_the_blocks_recomputed(flag, recomputed, tiny_mo
     assert [number for number in range(len(blocks)) if passes[number] == 2] == recomputed
 
 
-def test_inputs_of_recomputed_blocks_can_wait_on_the_host(tiny_model, monkeypatch):
-    """With the same gradients; what waits is what each block starts from, and nothing of its inside."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inputs_of_recomputed_blocks_can_wait_on_the_host(reentrant, tiny_model, monkeypatch):
+    """With the gradients of blocks that keep everything; what waits is what each starts from, not what is inside."""
     run = make_run(tiny_model)
     batch, width = make_batch(run, (64, 64), tokens=5), run.model.transformer_config["dim"]
     save_on_cpu, waiting, results = torch.autograd.graph.save_on_cpu, [], []
@@ -140,11 +141,13 @@ def test_inputs_of_recomputed_blocks_can_wait_on_the_host(tiny_model, monkeypatc
         return hooks
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", recorded)
-    for on_host in (False, True):
+    for recompute in ({}, {"on_host": False}, {"on_host": True}):
         transformer, parameters = prepare(run)
-        trainer.checkpoint_blocks(transformer, 1.0, on_host)
+        if recompute:
+            trainer.checkpoint_blocks(transformer, 1.0, reentrant, **recompute)
         results.append(gradients(transformer, parameters, batch, run))
-        assert bool(waiting) is on_host
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+        assert bool(waiting) is recompute.get("on_host", False)
+    assert len({loss for loss, _ in results}) == 1
+    assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][1], results[2][1])
     tokens = [shape[1] for shape in waiting if len(shape) == 3 and shape[2] == width]
     assert sorted(tokens) == [32, 32, 64, 64]  # of the picture, the caption, and both in two layers
