@@ -1730,7 +1730,7 @@ def build_optimizer(parameters, args, learning_rate):
         except ImportError:
             raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
         return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared)
+    return torch.optim.AdamW(parameters, **shared, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
 def build_lr_scheduler(optimizer, args, max_train_steps, step):
