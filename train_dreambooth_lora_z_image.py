@@ -54,6 +54,7 @@ from typing import NamedTuple
 
 import accelerate
 import diffusers
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -2626,7 +2627,8 @@ def expected_memory(buckets, targets, run):
         "VAE": encoding,
         "training": weights + adapter + activations,
     }
-    return {stage: size / 2**30 for stage, size in stages.items()}
+    libraries = psutil.Process().memory_info().rss if run.accelerator.device.type == "cpu" else 0
+    return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
 
 
 @functools.cache

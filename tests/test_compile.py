@@ -1,7 +1,6 @@
 """Compiled, quantized and rewritten blocks compute what the plain ones do, and are compiled once for each size."""
 
 import functools
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +11,7 @@ from torch._dynamo.utils import counters
 
 import train_dreambooth_lora_z_image as trainer
 from test_training import as_array
-from tiny import ROOT, build_tiny_pipeline, launch, train_args
-
-
-sys.path.append(str(ROOT / "tests" / "benchmarks"))
-
-from common import scalar  # noqa: E402 (needs the path)
+from tiny import ROOT, build_tiny_pipeline, events, launch, train_args
 
 
 TRAINED_MODEL = ROOT / "tests" / "assets" / "tiny-z-image"
@@ -219,7 +213,7 @@ def launched_losses(one_layer_model, photos, tmp_path):
         inductor = tmp_path / f"{name}-inductor"
         keywords = {"launcher_flags": launcher_flags} if launcher_flags else {}
         launch(*arguments, env={"TORCHINDUCTOR_CACHE_DIR": str(inductor)}, timeout=600, **keywords)
-        losses = [loss for _, loss in scalar(tmp_path / name, "loss")]
+        losses = [event.value for event in events(tmp_path / name).scalars["loss"]]
         return losses, list(inductor.rglob("*.so"))
 
     return launched_losses

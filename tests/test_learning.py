@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from learning import ASSETS, PROMPTS, RUNS, drift, held_out_share, subject_score, train
-from test_validation import events
+from tiny import events
 
 
 @pytest.fixture(scope="module")

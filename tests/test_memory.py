@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -26,6 +27,14 @@ def narrow_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch):
+    """What Python and its libraries take by themselves, in bytes: the plan adds it on the CPU."""
+    taken = SimpleNamespace(rss=2**28)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: taken)
+    return taken.rss
+
+
 def allocated_peak(function):
     """The most bytes that a call has allocated at once, on top of what there was."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -42,7 +51,7 @@ def allocated_peak(function):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointing, narrow_model):
+def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointing, narrow_model, libraries):
     run = make_run(narrow_model, precision, gradient_checkpointing=checkpointing, cache_latents=True)
     transformer, parameters = prepare(run)
     optimizer = trainer.build_optimizer(parameters, run.args, 1e-4)
@@ -55,19 +64,19 @@ def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointin
 
     targets = trainer.resolve_lora_layers(run.args.lora_layers, run.model.transformer_config)
     expected = trainer.expected_memory({"instance": [(128, 128)]}, targets, run)["training"]
-    assert expected * 2**30 == pytest.approx(kept + peak, rel=0.1)
+    assert expected * 2**30 - libraries == pytest.approx(kept + peak, rel=0.1)
 
 
-def test_float8_weights_take_the_memory_that_the_plan_expects(narrow_model):
+def test_float8_weights_take_the_memory_that_the_plan_expects(narrow_model, libraries):
     run = make_run(narrow_model, "bf16", do_fp8_training=True, gradient_checkpointing=True, cache_latents=True)
     weights = sum(parameter.nbytes for parameter in trainer.load_transformer(run).parameters())
     # The smallest LoRA takes next to nothing, and activations of 65 tokens are as the test above found.
     expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
     activations = 65 * 256 * (63 + 2 * 4 + 20)
-    assert expected["training"] * 2**30 - activations == pytest.approx(weights, rel=0.05)
+    assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
 
 
-def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeypatch):
+def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeypatch, libraries):
     # diffusers asks for a GPU, bitsandbytes does not
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: device_map)
@@ -81,7 +90,7 @@ def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeyp
             weights += state.absmax.nbytes + state.state2.absmax.nbytes
     expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
     activations = 65 * 256 * (63 + 2 * 4 + 20)
-    assert expected["training"] * 2**30 - activations == pytest.approx(weights, rel=0.05)
+    assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
 
 
 def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, monkeypatch):

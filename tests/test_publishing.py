@@ -30,7 +30,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, lora_tensors, run, run_script, train_args
+from tiny import ROOT, events, lora_tensors, run, run_script, train_args
 
 
 # Not written out: a tracker that stores the changes to the source would store them with it.
@@ -603,13 +603,7 @@ def test_a_tracker_that_cannot_start_is_one_line_before_any_model_is_loaded(
 
 
 def test_tensorboard_gets_the_metrics_of_every_step(runs):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    scalars = {}
-    for folder in {file.parent for file in runs["pushed"].out.rglob("events.out.tfevents.*")}:
-        accumulator = EventAccumulator(str(folder))
-        accumulator.Reload()
-        scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    scalars = events(runs["pushed"].out).scalars
     for name in ("loss", "lr", "grad_norm", "epoch"):
         assert [event.step for event in scalars[name]] == [1, 2]
 

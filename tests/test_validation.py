@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import Qwen3Model
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import build_tiny_pipeline, lora_tensors, train_args
+from tiny import build_tiny_pipeline, events, lora_tensors, train_args
 
 
 SIDE = 64
@@ -105,19 +105,6 @@ def assert_same_weights(out, other):
     first, second = lora_tensors(out), lora_tensors(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def events(out):
-    """The tensorboard logs of a run: scalars and pictures by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = SimpleNamespace(scalars={}, images={})
-    for folder in {file.parent for file in out.rglob("events.out.tfevents.*")}:
-        accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
-        accumulator.Reload()
-        found.scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
-        found.images |= {tag: accumulator.Images(tag) for tag in accumulator.Tags()["images"]}
-    return found
 
 
 def random_states():

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -283,3 +284,16 @@ def lora_metadata(path):
     with safe_open(lora_file(path), framework="pt") as file:
         metadata = file.metadata() or {}
     return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+
+
+def events(out):
+    """The tensorboard logs of a run: scalars and pictures by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = SimpleNamespace(scalars={}, images={})
+    for folder in {file.parent for file in out.rglob("events.out.tfevents.*")}:
+        accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+        accumulator.Reload()
+        found.scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+        found.images |= {tag: accumulator.Images(tag) for tag in accumulator.Tags()["images"]}
+    return found

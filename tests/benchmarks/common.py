@@ -28,7 +28,7 @@ ROOT = BENCHMARKS.parent.parent
 SCRIPT = ROOT / "train_dreambooth_lora_z_image.py"
 sys.path[:0] = [str(ROOT), str(BENCHMARKS.parent)]
 
-from tiny import training_environment  # noqa: E402 (needs the path)
+from tiny import events, training_environment  # noqa: E402 (needs the path)
 
 
 PROMPT = "a photo of sks dog"
@@ -128,16 +128,17 @@ def measure(script, flags, args):
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
     result = {"command": shlex.join(command), "wall_s": wall, **tree.peaks()}
-    ends = scalar(output_dir, "loss")
+    logged = events(output_dir).scalars
+    ends = logged.get("loss", [])
     if status or not ends:
         return result | {"error": "\n".join(lines[-15:]) or f"exit status {status}"}
-    times = [wall_time for wall_time, _ in ends]
+    times = [event.wall_time for event in ends]
     steps = [after - before for before, after in zip(times, times[1:])]
     result |= {
         "first_step_s": times[0] - started,
         "step_s": statistics.median(steps) if steps else None,
         "steps_s": steps,
-        "losses": [value for _, value in ends],
+        "losses": [event.value for event in ends],
         "training_peak_gb": tree.peak_between(times[0], times[-1]),
         "growth_gb": tree.growth(times),
     }
@@ -145,21 +146,9 @@ def measure(script, flags, args):
     if expected:
         stages = (stage.rsplit(" ", 1) for stage in expected[0].partition(": ")[2].split(", "))
         result["expected_gb"] = {stage: float(size) * 2**30 / GB for stage, size in stages}
-    reserved = scalar(output_dir, "memory_gib")
-    if reserved:
-        result["reserved_gb"] = max(value for _, value in reserved) * 2**30 / GB
+    if "memory_gib" in logged:
+        result["reserved_gb"] = max(event.value for event in logged["memory_gib"]) * 2**30 / GB
     return result
-
-
-def scalar(output_dir, tag):
-    """[(wall time, value)] of a tag in the newest tensorboard log under a folder, by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for file in sorted(output_dir.rglob("events.out.tfevents*"), key=lambda path: path.stat().st_mtime, reverse=True):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        if tag in events.Tags()["scalars"]:
-            return [(event.wall_time, event.value) for event in sorted(events.Scalars(tag), key=lambda e: e.step)]
-    return []
 
 
 class ProcessTree(threading.Thread):
