@@ -19,8 +19,8 @@ ENCODERS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safet
 
 
 def benchmark(name, *flags, output):
-    """Run a benchmark with --output; gives its JSON and what it printed."""
-    finished = run([sys.executable, BENCHMARKS / name, *flags, "--mixed_precision=no", f"--output={output}"])
+    """Run a benchmark with --output, in float32 unless `flags` say otherwise; gives its JSON and what it printed."""
+    finished = run([sys.executable, BENCHMARKS / name, "--mixed_precision=no", *flags, f"--output={output}"])
     return json.loads(output.read_text(encoding="utf-8")), finished.stdout
 
 
@@ -39,6 +39,19 @@ def test_full_size_compares_two_trainers_by_turns(tiny_model, tmp_path):
         assert row["training_peak_gb"] <= row["resident_peak_gb"]
         assert set(row["expected_gb"]) == {"text encoder", "VAE", "training"}
     assert printed.count("\n") == 5 and content["machine"]["cpu"] in printed
+
+
+@pytest.mark.slow
+def test_products_are_computed_in_float32_or_left_out(tiny_model, tmp_path):
+    flags = [f"--folder={tiny_model}", "--resolution=64", "--steps=3", "--mixed_precision=bf16"]
+    losses = {}
+    for products in ("bf16", "float32", "none"):
+        more = [] if products == "bf16" else [f"--products={products}"]
+        content, _ = benchmark("full_size.py", *flags, *more, output=tmp_path / f"{products}.json")
+        losses[products] = content["results"][0]["losses"]
+    assert losses["float32"] == pytest.approx(losses["bf16"], rel=0.01) and losses["float32"] != losses["bf16"]
+    # Without products the velocity is zero, and the loss that of the target itself.
+    assert all(abs(without - loss) > 0.01 for without, loss in zip(losses["none"], losses["bf16"], strict=True))
 
 
 @pytest.mark.slow

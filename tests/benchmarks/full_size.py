@@ -40,10 +40,11 @@ VARIANTS = {
     "without-checkpointing": "",
     "compile": "--gradient_checkpointing --compile",
     "compile-without-checkpointing": "--compile",
-    "fp8": "--gradient_checkpointing --do_fp8_training",
-    "fp8-compile": "--gradient_checkpointing --do_fp8_training --compile",
+    "offload": "--gradient_checkpointing --offload",
+    "fp8": "--gradient_checkpointing --offload --do_fp8_training",
+    "fp8-compile": "--gradient_checkpointing --offload --do_fp8_training --compile",
     "fp8-compile-without-checkpointing": "--do_fp8_training --compile",
-    "nf4": "--gradient_checkpointing --bnb_quantization_config_path=configs/nf4.json",
+    "nf4": "--gradient_checkpointing --offload --bnb_quantization_config_path=configs/nf4.json",
 }
 
 TEXT_ENCODER = {
