@@ -268,6 +268,24 @@ def test_weights_do_not_depend_on_how_an_update_is_divided(finished_run, record_
     assert relative < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["two", "two, sharded"])
+def test_compiled_blocks_train_alike_in_two_processes(fsdp, tiny_model, data, tmp_path):
+    one, two, inductor = (tmp_path / name for name in ("one", "two", "inductor"))
+    flags = data | CACHED | {"max_train_steps": 4, "aspect_ratio_buckets": "64,64", "gradient_checkpointing": True}
+    plain = train_together(1, train_args(tiny_model, out=one / "out", **flags, **SIZES["4"]), one)
+    compiled = train_together(
+        2,
+        train_args(tiny_model, out=two / "out", **flags, **SIZES["2"], compile=True),
+        two,
+        fsdp,
+        env={"TORCHINDUCTOR_CACHE_DIR": str(inductor)},
+        timeout=600,
+    )
+    assert difference(compiled.out, plain.out) < 1e-3
+    assert list(inductor.rglob("*.so"))
+
+
 @pytest.fixture(scope="module")
 def references(tiny_model):
     """What a picture and a caption look like to the transformer, made without the trainer."""

@@ -37,8 +37,10 @@ SHARD_BYTES = 2 * 10**9
 
 VARIANTS = {
     "plain": "--gradient_checkpointing",
+    "half": "--gradient_checkpointing=0.5",
     "without-checkpointing": "",
     "compile": "--gradient_checkpointing --compile",
+    "compile-half": "--gradient_checkpointing=0.5 --compile",
     "compile-without-checkpointing": "--compile",
     "offload": "--gradient_checkpointing --offload",
     "fp8": "--gradient_checkpointing --offload --do_fp8_training",
