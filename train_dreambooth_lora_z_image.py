@@ -114,6 +114,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
+HEAP_GAPS = (41, 250)  # bytes between what a layer keeps, and what is in use for a moment: see `expected_memory`
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 
@@ -703,12 +704,7 @@ def fit_to_bucket(image, bucket, crop, flip):
     `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
     so that a picture of extreme shape costs no more memory than another. Gives [3, H, W] in [-1, 1].
     """
-    height, width = bucket
-    scale = max(height / image.height, width / image.width)
-    kept_height, kept_width = min(image.height, height / scale), min(image.width, width / scale)
-    top, left = crop[0] * (image.height - kept_height), crop[1] * (image.width - kept_width)
-    box = (left, top, left + kept_width, top + kept_height)
-    image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=crop[::-1])
     if flip:
         image = ImageOps.mirror(image)
     return picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
@@ -978,6 +974,12 @@ class Run:
         return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     @property
+    def recomputed_share(self):
+        """Share of the blocks that keep only their inputs, by the flag or by the accelerate config's FSDP section."""
+        by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
+        return self.args.gradient_checkpointing or by_config
+
+    @property
     def saving_dtype(self):
         """Type of the LoRA files, apart from checkpoints."""
         return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
@@ -1194,9 +1196,12 @@ def load_vae(run):
 
 @torch.no_grad()
 def encode_images(vae, pixels, run):
-    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it."""
+    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
+
+    One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
+    """
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = vae.encode(pixels.to(run.accelerator.device)).latent_dist.mode()
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.to(run.accelerator.device).split(1)])
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -1204,7 +1209,8 @@ def encode_images(vae, pixels, run):
 def decode_latents(vae, latents, run):
     """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
 
 
 def cache_latents(dataset, kinds, run):
@@ -1454,9 +1460,9 @@ def load_transformer(run):
         transformer.to(device)
     if args.attention_backend or args.enable_npu_flash_attention:
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
-    share = args.gradient_checkpointing or (run.sharded and run.accelerator.state.fsdp_plugin.activation_checkpointing)
-    if share:
-        checkpoint_blocks(transformer, share, reentrant=not (run.compiled or run.sharded), on_host=offloads(run))
+    if run.recomputed_share:
+        reentrant = not (run.compiled or run.sharded)
+        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=offloads(run))
     return transformer
 
 
@@ -1557,8 +1563,8 @@ def add_lora(transformer, targets, run):
         )
     )
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
+    for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
+        parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
     leave_inputs_alone(transformer)
     return parameters
 
@@ -1922,8 +1928,7 @@ MATHEMATICS = [
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
-    "logit_std", "mode_scale", "timestep_shift", "do_fp8_training", "bnb_quantization_config_path",
-    "base_adapter",
+    "logit_std", "mode_scale", "timestep_shift", "do_fp8_training", "base_adapter",
 ]
 # fmt: on
 
@@ -1940,6 +1945,7 @@ def fingerprint(examples, buckets, missing_class_images, targets, schedule, run)
     ]
     return {name: getattr(run.args, name) for name in MATHEMATICS} | {
         "seed": run.seed,
+        "bnb_quantization_config_path": str(quantization_config(run)),
         "learning_rate": schedule.learning_rate,
         "max_train_steps": schedule.max_train_steps,
         "mixed_precision": run.accelerator.mixed_precision,
@@ -2182,8 +2188,16 @@ def save_contact_sheet(folder, prompts):
         for step in steps
     }
     rows = {label: files for label, files in rows.items() if all(file.is_file() for file in files)}
-    images = [[Image.open(file) for file in files] for files in rows.values()]
+    images = [[thumbnail(file) for file in files] for files in rows.values()]
     save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
+
+
+def thumbnail(file):
+    """A saved picture at no more than the size that it has in a sheet."""
+    with Image.open(file) as image:
+        image.load()
+    image.thumbnail((256, 256))
+    return image
 
 
 def save_sheet(rows, row_labels, column_labels, path):
@@ -2274,8 +2288,8 @@ def held_out_loss(transformer, dataset, run):
         losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
     losses = losses if run.sharded else gather_object(losses)
     third = HELD_OUT_LEVELS // 3
-    bands = {"": range(3 * third), "_low": range(third), "_middle": range(third, 2 * third)}
-    bands["_high"] = range(2 * third, 3 * third)
+    low, middle, high = (range(start, start + third) for start in (0, third, 2 * third))
+    bands = {"": range(HELD_OUT_LEVELS), "_low": low, "_middle": middle, "_high": high}
     return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
 
 
@@ -2448,6 +2462,7 @@ def start(args):
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
     if args.do_fp8_training and accelerator.device.type == "cuda":
         capability = torch.cuda.get_device_capability(accelerator.device)
         if capability < (8, 9):
@@ -2613,21 +2628,30 @@ def expected_memory(buckets, targets, run):
     # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
     # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
     kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
+    on_cpu = run.accelerator.device.type == "cpu"
+    if run.compiled:
+        kept *= 0.6  # fused kernels keep less
+    if on_cpu:  # glibc's heap leaves gaps, as measured at full size and at 1024 channels
+        kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
     pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
     layers = config["n_layers"] + config["n_refiner_layers"]
-    recomputed = layers * float(args.gradient_checkpointing)
+    recomputed = layers * float(run.recomputed_share)
     in_layers = kept * max(1, layers - recomputed) + (1 if offloads(run) else recomputed) * boundary
     activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
     encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
     if not args.cache_latents:  # the VAE encodes before the transformer begins
         activations = max(activations + (0 if offloads(run) else parameters["vae"] * 4), encoding)
+    text_encoder = parameters["text layer" if offloads(run) else "text encoder"] * width
+    processes = run.accelerator.num_processes if run.sharded else 1
     stages = {
-        "text encoder": parameters["text layer" if offloads(run) else "text encoder"] * width,
+        "text encoder": text_encoder / (processes if args.fsdp_text_encoder else 1),
         "VAE": encoding,
-        "training": weights + adapter + activations,
+        "training": weights / processes + adapter + activations,
     }
-    libraries = psutil.Process().memory_info().rss if run.accelerator.device.type == "cpu" else 0
+    if validation_prompts(args) or validation_prompts(args, final=True):
+        stages["pictures"] = weights / processes + adapter + encoding
+    libraries = psutil.Process().memory_info().rss if on_cpu else 0
     return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
 
 

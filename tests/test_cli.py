@@ -580,7 +580,10 @@ def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_mode
 
     def run_with(*flags):
         args = trainer.parse_args([*required, *(f"--{flag}" for flag in flags)])
-        accelerator = SimpleNamespace(device=torch.device("cuda"))
+        plain = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=trainer.DynamoBackend.NO))
+        accelerator = SimpleNamespace(
+            device=torch.device("cuda"), state=plain, distributed_type=trainer.DistributedType.NO
+        )
         return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, accelerator, model, 0, torch.bfloat16)
 
     base, others = trainer.expected_memory(*run_with(*given))["training"], trainer.other_flags(*run_with(*given))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import AutoencoderKL
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
@@ -59,21 +60,21 @@ def make_run(model, precision="no", **flags):
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     args = trainer.parse_args(train_args(model, "unused", "unused", **flags))
-    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
-    return SimpleNamespace(
-        args=args,
-        accelerator=accelerator,
-        model=trainer.check_model(args),
-        weight_dtype=dtype,
-        sharded=False,
-        compiled=False,
-        seed=0,
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=autocast,
+        distributed_type=DistributedType.NO,
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
+    return trainer.Run(args, accelerator, trainer.check_model(args), seed=0, weight_dtype=dtype)
 
 
 def prepare(run, compiled=False):
     """The transformer as the trainer prepares it, and its LoRA's parameters, B random so that A has a gradient too."""
-    run.compiled = compiled
+    run.args.compile = compiled
     transformer = trainer.load_transformer(run)
     targets = trainer.resolve_lora_layers(run.args.lora_layers, run.model.transformer_config)
     parameters = trainer.add_lora(transformer, targets, run)

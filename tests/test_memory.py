@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import ZImageTransformer2DModel
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch.profiler import ProfilerActivity, profile
@@ -29,7 +30,8 @@ def narrow_model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch):
-    """What Python and its libraries take by themselves, in bytes: the plan adds it on the CPU."""
+    """What Python and its libraries take by themselves, in bytes: the plan adds it on the CPU. No gaps in the heap."""
+    monkeypatch.setattr(trainer, "HEAP_GAPS", (0, 0))
     taken = SimpleNamespace(rss=2**28)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: taken)
     return taken.rss
@@ -94,7 +96,6 @@ def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeyp
 
 
 def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, monkeypatch):
-    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True)
     load, linear = trainer.load_text_pipeline, torch.nn.functional.linear
     encoder, most = [], [0]
 
@@ -113,7 +114,6 @@ def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, 
     embeds, weights = [], []
     for flags in ({}, {"offload": True}):
         run = make_run(tiny_model, **flags)
-        run = trainer.Run(run.args, accelerator, run.model, 0, torch.float32)
         most[0] = 0
         embeds.append(trainer.encode_prompts(["a photo of sks dog"], run)["a photo of sks dog"])
         weights.append(most[0])
@@ -160,3 +160,42 @@ def test_inputs_of_recomputed_blocks_can_wait_on_the_host(reentrant, tiny_model,
     assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][1], results[2][1])
     tokens = [shape[1] for shape in waiting if len(shape) == 3 and shape[2] == width]
     assert sorted(tokens) == [32, 32, 64, 64]  # of the picture, the caption, and both in two layers
+
+
+def test_the_vae_takes_pictures_one_at_a_time(tiny_model):
+    run = make_run(tiny_model)
+    vae, batches = trainer.load_vae(run), []
+    for name in ("encode", "decode"):
+        whole = getattr(vae, name)
+        setattr(vae, name, lambda x, whole=whole, **options: batches.append(len(x)) or whole(x, **options))
+    pixels = torch.rand(3, 3, 64, 48) * 2 - 1
+    latents = trainer.encode_images(vae, pixels, run)
+    assert latents.shape == (3, *run.model.latent_shape((64, 48)))
+    assert trainer.decode_latents(vae, latents, run).shape == pixels.shape
+    assert batches == [1] * 6
+
+
+def sharded_run(model, **flags):
+    """A run of four processes over which an accelerate config with activation checkpointing shards the model."""
+    run = make_run(model, **flags)
+    run.accelerator.distributed_type, run.accelerator.num_processes = DistributedType.FSDP, 4
+    run.accelerator.state.fsdp_plugin = SimpleNamespace(activation_checkpointing=True)
+    return run
+
+
+def test_the_plan_counts_what_a_sharded_process_has(narrow_model):
+    whole, shared = make_run(narrow_model, gradient_checkpointing=True), sharded_run(narrow_model)
+    targets = trainer.resolve_lora_layers("to_q", whole.model.transformer_config)
+    plans = [trainer.expected_memory({"instance": [(64, 64)]}, targets, run)["training"] for run in (whole, shared)]
+    weights = 4 * trainer.count_parameters(whole.model)["transformer"]
+    assert (plans[0] - plans[1]) * 2**30 == pytest.approx(weights * 3 / 4)
+
+
+def test_the_plan_counts_pictures_that_are_drawn(narrow_model):
+    stages = []
+    for flags in ({}, {"validation_prompt": "a dog"}, {"final_validation_prompt": "a dog"}):
+        run = make_run(narrow_model, **{"skip_final_inference": False, **flags})
+        targets = trainer.resolve_lora_layers("to_q", run.model.transformer_config)
+        stages.append(trainer.expected_memory({"instance": [(64, 64)]}, targets, run))
+    assert ["pictures" in plan for plan in stages] == [False, True, True]
+    assert stages[1]["pictures"] > stages[1]["VAE"]

@@ -5,9 +5,11 @@ The runs are of a few steps in this process; several tests look at the same ones
 """
 
 import itertools
+import os
 import pickle
 import random
 import re
+import resource
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -530,3 +532,15 @@ def test_base_adapter_is_absent_from_pictures_and_held_out_loss(with_base_adapte
     assert_same_picture(sample(with_base_adapter, 6), expected)
     losses = [events(out).scalars["held_out_loss"][0].value for out in (with_base_adapter, validated.out)]
     assert losses[0] == losses[1]
+
+
+def test_a_contact_sheet_of_many_steps_keeps_no_files_open(tmp_path):
+    for step in range(60):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"step-{step:06d}-prompt-0-image-0.png")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        trainer.save_contact_sheet(tmp_path, ["a dog"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Image.open(tmp_path / "contact-sheet.png").height > 60 * 128
