@@ -114,7 +114,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
-HEAP_GAPS = (41, 250)  # bytes between what a layer keeps, and what is in use for a moment: see `expected_memory`
+HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 
@@ -1939,13 +1939,13 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
 
 def fingerprint(examples, buckets, missing_class_images, targets, schedule, run):
     """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
-    instances = examples["instance"]
+    instances, quantized_by = examples["instance"], run.args.bnb_quantization_config_path
     data = [
         (Path(e.name).name, e.size, e.source.stat().st_size if isinstance(e.source, Path) else None) for e in instances
     ]
     return {name: getattr(run.args, name) for name in MATHEMATICS} | {
         "seed": run.seed,
-        "bnb_quantization_config_path": str(quantization_config(run)),
+        "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
         "learning_rate": schedule.learning_rate,
         "max_train_steps": schedule.max_train_steps,
         "mixed_precision": run.accelerator.mixed_precision,
@@ -2631,7 +2631,7 @@ def expected_memory(buckets, targets, run):
     on_cpu = run.accelerator.device.type == "cpu"
     if run.compiled:
         kept *= 0.6  # fused kernels keep less
-    if on_cpu:  # glibc's heap leaves gaps, as measured at full size and at 1024 channels
+    if on_cpu:  # measured at full size and at 1024 channels
         kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
     pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE

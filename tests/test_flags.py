@@ -1,0 +1,324 @@
+"""Flags have their effect, looked at where they take it: in the functions of the trainer, on the tiny model."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import train_dreambooth_lora_z_image as trainer
+from test_compile import gradients, make_batch, make_run, prepare
+from tiny import ROOT, build_tiny_pipeline, train_args
+
+
+def parsed(**flags):
+    return trainer.parse_args(train_args("model", "pictures", "out", **flags))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_dataset(run, folder, kind="instance"):
+    """A dataset of the pictures in a folder."""
+    examples = {kind: trainer.load_examples(folder, "--instance_data_dir", "a dog")}
+    buckets = {kind: trainer.assign_buckets(examples[kind], run.args)}
+    return trainer.DreamBoothDataset(examples, buckets, {}, torch.arange(1, 1001) / 1000, run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "center_crop", "drawn"),
+    [("instance", False, True), ("instance", True, False), ("held-out", False, False)],
+)
+def test_a_crop_is_drawn_anew_unless_it_is_centred(kind, center_crop, drawn, tiny_model, shared_photos):
+    dataset = make_dataset(make_run(tiny_model, center_crop=center_crop), shared_photos, kind)
+    sizes = [example.size for example in dataset.examples[kind]]
+    wide = max(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][0] / sizes[i][1])))
+    assert sizes[wide][0] != sizes[wide][1]
+    one, same, other = (dataset.pixels(kind, wide, False, number) for number in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert torch.equal(one, other) is not drawn
+
+
+def test_the_field_of_captions_is_that_of_held_out_pictures_too(shared_photos, tmp_path):
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    (folder / "cat.png").symlink_to(shared_photos / "cat.png")
+    row = {"file_name": "cat.png", "text": "a cat", "zh": "一只猫"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    flags = {"caption_column": "zh", "validation_data_dir": folder}
+    examples = trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out", **flags)))
+    assert [examples[kind][0].caption for kind in ("instance", "held-out")] == ["一只猫", "一只猫"]
+
+
+def test_pictures_that_cannot_be_read_are_named(shared_photos, tmp_path, caplog):
+    (tmp_path / "cat.png").symlink_to(shared_photos / "cat.png")
+    (tmp_path / "phone.HEIC").write_bytes(b"")
+    assert [path.name for path in trainer.list_pictures(tmp_path, "--instance_data_dir")] == ["cat.png"]
+    assert "phone.HEIC" in caplog.text
+
+
+def test_the_configuration_of_a_data_set_is_asked_for():
+    flags = {"dataset_name": "dogs", "dataset_config_name": "small", "cache_dir": "here"}
+    args = trainer.parse_args(train_args("model", None, "out", **flags))
+    with (
+        mock.patch("datasets.load_dataset", side_effect=ValueError("seen")) as load,
+        pytest.raises(trainer.UserError, match="seen"),
+    ):
+        trainer.load_dataset_examples(args)
+    assert load.call_args == mock.call("dogs", "small", cache_dir="here")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encodings on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONG = "a photo of sks dog " * 10
+
+
+@pytest.mark.parametrize("change", ["precision", "length", "model"])
+def test_a_prompt_that_would_be_encoded_differently_is_not_taken_from_the_cache(change, tiny_model, tmp_path):
+    settings = {"precision": "no", "max_sequence_length": 512}
+    trainer.encode_prompts([LONG], make_run(tiny_model, encoding_cache_dir=tmp_path, **settings))
+    settings |= {"precision": {"precision": "bf16"}, "length": {"max_sequence_length": 40}}.get(change, {})
+    model = build_tiny_pipeline(tmp_path / "other", seed=1) if change == "model" else tiny_model
+    cached, anew = (
+        trainer.encode_prompts([LONG], make_run(model, encoding_cache_dir=cache, **settings))[LONG]
+        for cache in (tmp_path, None)
+    )
+    assert cached.dtype == anew.dtype and torch.equal(cached, anew)
+
+
+@pytest.mark.parametrize("change", ["resolution", "crop", "flip", "model"])
+def test_a_picture_that_would_be_encoded_differently_is_not_taken_from_the_cache(
+    change, tiny_model, shared_photos, tmp_path
+):
+    def encode(model, cache, **flags):
+        run = make_run(model, encoding_cache_dir=cache, **{"resolution": 32} | flags)
+        return trainer.cache_latents(make_dataset(run, shared_photos), ["instance"], run)
+
+    flags = {"resolution": {"resolution": 48}, "crop": {"center_crop": True}, "flip": {"random_flip": True}}
+    model = build_tiny_pipeline(tmp_path / "other", seed=1) if change == "model" else tiny_model
+    encode(tiny_model, tmp_path / "cache")
+    cached, anew = (encode(model, cache, **flags.get(change, {})) for cache in (tmp_path / "cache", None))
+    assert cached.keys() == anew.keys() and all(torch.equal(cached[key], anew[key]) for key in anew)
+
+
+def test_a_damaged_encoding_is_made_anew_and_a_full_disk_stops_nothing(tiny_model, tmp_path, caplog):
+    run = make_run(tiny_model, encoding_cache_dir=tmp_path)
+    whole = trainer.encode_prompts(["a dog"], run)["a dog"]
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
+    assert f"{file} is damaged" in caplog.text
+    file.unlink()
+    with mock.patch.object(trainer, "save_file", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
+    assert "cannot be written (" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_of_the_lora_is_felt_in_training(tiny_model):
+    results = []
+    for dropout in (0, 0.5):
+        run = make_run(tiny_model, lora_dropout=dropout)
+        transformer, parameters = prepare(run)
+        results.append(gradients(transformer, parameters, make_batch(run, (64, 64), tokens=5), run))
+    assert results[0][0] != results[1][0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_attention_backend_is_that_of_the_flag(compiled, tiny_model):
+    with mock.patch.object(torch.nn.Module, "compile"):
+        transformer, _ = prepare(make_run(tiny_model, attention_backend="_native_math"), compiled)
+    backends = {block.attention.processor._attention_backend for block in trainer.transformer_blocks(transformer)}
+    assert {backend.value for backend in backends} == {"_native_math"}
+
+
+def test_where_weights_come_from_is_passed_on(tiny_model):
+    flags = {"revision": "v2", "cache_dir": "here", "variant": "fp16"}
+    run = make_run(tiny_model, **flags)
+    assert run.model.hub_kwargs == flags
+    loader = mock.Mock()
+    run.model.load(loader, "vae", dtype=torch.float32)
+    loader.from_pretrained.assert_called_once_with(run.model.path, subfolder="vae", dtype=torch.float32, **flags)
+    with mock.patch.object(trainer.ZImagePipeline, "lora_state_dict", return_value=({}, {})) as read:
+        trainer.read_base_adapter(parsed(base_adapter="adapter:0.5", cache_dir="here"))
+    assert read.call_args == mock.call("adapter", cache_dir="here", return_lora_metadata=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_can_be_scaled_by_the_total_batch_size():
+    sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-4}
+    rates = [trainer.make_schedule(parsed(**sizes, scale_lr=scale), 30, 2).learning_rate for scale in (False, True)]
+    assert rates == pytest.approx([1e-4, 12e-4])
+
+
+def test_adamw_is_built_as_the_flags_say():
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.02, "adam_epsilon": 1e-6}
+    (group,) = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], parsed(**flags), 0.1).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.1, (0.8, 0.95), 0.02, 1e-6)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_prodigy_is_built_as_the_flags_say(value):
+    switches = dict.fromkeys(("decouple", "use_bias_correction", "safeguard_warmup"), value)
+    flags = {f"prodigy_{name}": str(on) for name, on in switches.items()} | {"prodigy_beta3": 0.7, "adam_beta1": 0.8}
+    args = parsed(optimizer="prodigy", **flags)
+    (group,) = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0).param_groups
+    assert (group["beta3"], group["betas"][0]) == (0.7, 0.8)
+    assert {name: group[name] for name in switches} == switches
+
+
+def polynomial(step, total=10, warmup=2, power=2, last=1e-7):
+    return step / warmup if step < warmup else (1 - last) * (1 - (step - warmup) / (total - warmup)) ** power + last
+
+
+def two_cosines(step, total=10, warmup=2):
+    turned = 2 * (step - warmup) / (total - warmup) % 1
+    return step / warmup if step < warmup else (1 + math.cos(math.pi * turned)) / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ({"lr_scheduler": "polynomial", "lr_power": 2}, polynomial),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, two_cosines),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_from_any_step(flags, rate):
+    args = parsed(**flags, lr_warmup_steps=2)
+    for first in (0, 4):
+        optimizer = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0)
+        optimizer.param_groups[0]["initial_lr"] = 1.0  # as from a checkpoint
+        scheduler = trainer.build_lr_scheduler(optimizer, args, 10, first)
+        rates = []
+        for _ in range(first, 10):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates == pytest.approx([rate(step) for step in range(first, 10)], abs=1e-6)
+
+
+def test_a_resumed_run_has_the_learning_rate_of_its_own_command_line(tiny_model, tmp_path):
+    run = make_run(tiny_model)
+    run.args.output_dir = str(tmp_path)
+    transformer, parameters = prepare(run)
+    gradients(transformer, parameters, make_batch(run, (64, 64), tokens=5), run)
+    optimizer = trainer.build_optimizer(parameters, run.args, 1e-3)
+    trainer.save_checkpoint(1, transformer, optimizer, {}, run.args)
+    checkpoint = trainer.read_checkpoint(tmp_path / "checkpoint-1")
+    assert trainer.load_checkpoint(checkpoint, transformer, optimizer, 2e-5) == 1
+    assert [optimizer.param_groups[0][name] for name in ("lr", "initial_lr")] == [2e-5, 2e-5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint belongs to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model, shared_photos):
+    """`settings(**flags)` is the fingerprint of a run with these flags."""
+
+    def settings(number_of_class_images=0, **flags):
+        run = make_run(tiny_model)
+        run.accelerator.mixed_precision = "no"
+        for name, value in flags.items():
+            setattr(run.args, name, value)
+        dataset = make_dataset(run, shared_photos)
+        schedule = trainer.make_schedule(run.args, len(dataset.examples["instance"]), 1)
+        return json.loads(
+            json.dumps(
+                trainer.fingerprint(dataset.examples, dataset.buckets, number_of_class_images, {}, schedule, run)
+            )
+        )
+
+    return settings
+
+
+@pytest.mark.parametrize("name", trainer.MATHEMATICS)
+def test_every_flag_that_decides_the_mathematics_is_in_the_fingerprint(name, settings):
+    before, after = settings(), settings(**{name: "else" if name != "repeats" else 3})
+    checkpoint = trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": before})
+    trainer.check_fingerprint(checkpoint, before)
+    if name in trainer.MAY_CHANGE:
+        trainer.check_fingerprint(checkpoint, after)
+    else:
+        with pytest.raises(trainer.UserError, match=f"{name} was "):
+            trainer.check_fingerprint(checkpoint, after)
+
+
+def test_all_flags_that_decide_the_mathematics_are_known():
+    """The rest decides what is trained on, how it is divided, or what is shown."""
+    decides = {"rank", "lora_", "adam_", "prodigy_", "lr_", "prior_loss", "logit_", "mode_", "timestep_", "caption_d"}
+    named = {name for name in vars(parsed()) if name.startswith(tuple(decides))}
+    named -= {"lora_layers", "adam_weight_decay_text_encoder"}  # by its targets; without effect
+    assert named <= set(trainer.MATHEMATICS)
+
+
+def test_class_images_and_quantization_are_in_the_fingerprint(settings, tmp_path):
+    moved, edited = tmp_path / "moved.json", tmp_path / "edited.json"
+    config = json.loads((ROOT / "configs" / "nf4.json").read_text(encoding="utf-8"))
+    moved.write_text(json.dumps(config), encoding="utf-8")
+    edited.write_text(json.dumps(config | {"bnb_4bit_quant_type": "fp4"}), encoding="utf-8")
+    before = settings(bnb_quantization_config_path=str(ROOT / "configs" / "nf4.json"))
+    checkpoint = trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": before})
+    trainer.check_fingerprint(checkpoint, settings(bnb_quantization_config_path=str(moved)))
+    with pytest.raises(trainer.UserError, match="bnb_quantization_config_path was "):
+        trainer.check_fingerprint(checkpoint, settings(bnb_quantization_config_path=str(edited)))
+    with pytest.raises(trainer.UserError, match="number of class images was 0, is 3"):
+        trainer.check_fingerprint(trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": settings()}), settings(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, ""),
+        ({"optimizer": "prodigy", "learning_rate": 1.0}, ""),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "use_8bit_adam": True}, "--use_8bit_adam has no effect"),
+        ({"class_prompt": "a dog"}, "have no effect without --with_prior_preservation"),
+        ({"optimizer": "prodigy"}, "is low for Prodigy"),
+        ({"lr_warmup_steps": 20}, "--lr_warmup_steps has no effect"),
+    ],
+)
+def test_flags_that_change_nothing_are_said(flags, words):
+    lines = trainer.ineffective_flags(parsed(**flags))
+    assert len(lines) == bool(words) and words in "".join(lines)
+
+
+def test_a_full_device_is_said_in_one_line_with_what_helps(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nmore")
+    with mock.patch.object(trainer, "main", side_effect=error), mock.patch.object(trainer, "parse_args"):
+        assert trainer.run_command_line() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CUDA out of memory." in line and "--gradient_checkpointing" in line
+
+
+def test_a_file_that_does_not_read_back_is_an_error(tiny_model, tmp_path):
+    run = make_run(tiny_model)
+    run.args.output_dir = str(tmp_path)
+    transformer, _ = prepare(run)
+    trainer.save_result(transformer, run)
+    comfyui_state = trainer.comfyui_state
+    doubled = mock.patch.object(trainer, "comfyui_state", lambda state, alpha: comfyui_state(state, 2 * alpha))
+    with doubled, pytest.raises(trainer.TrainingError, match="does not read back"):
+        trainer.save_result(transformer, run)
