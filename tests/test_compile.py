@@ -110,15 +110,15 @@ def gradients(transformer, parameters, batch, run):
     return loss.item(), flat
 
 
-def assert_compiled_as_plain(run):
+def assert_compiled_as_plain(run, tolerance):
     """Losses and gradients of all buckets are those of the plain model, and something was compiled."""
     batches = [make_batch(run, bucket, tokens=20 + 40 * (i % 2), seed=i) for i, bucket in enumerate(BUCKETS)]
     plain = [gradients(*prepare(run), batch, run) for batch in batches]
     transformer, parameters = prepare(run, compiled=True)
     for batch, (loss, gradient) in zip(batches, plain, strict=True):
         compiled_loss, compiled_gradient = gradients(transformer, parameters, batch, run)
-        assert compiled_loss == pytest.approx(loss, rel=1e-5)
-        assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
+        assert compiled_loss == pytest.approx(loss, rel=0.1 * tolerance)
+        assert (compiled_gradient - gradient).norm() < tolerance * gradient.norm()
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
@@ -134,7 +134,9 @@ WAYS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"], indirect=True)
 @pytest.mark.parametrize("way", WAYS)
 def test_compiled_blocks_have_the_same_losses_and_gradients(way, backend, one_layer_model):
-    assert_compiled_as_plain(make_run(one_layer_model, **WAYS[way]))
+    # Where Inductor rounds another way, a number can fall to the next float8, up to an eighth away.
+    tolerance = 0.03 if "fp8" in way and backend == "inductor" else 1e-4
+    assert_compiled_as_plain(make_run(one_layer_model, **WAYS[way]), tolerance)
 
 
 @pytest.mark.parametrize("backend", ["eager"], indirect=True)
