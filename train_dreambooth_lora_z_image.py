@@ -980,6 +980,11 @@ class Run:
         return self.args.gradient_checkpointing or by_config
 
     @property
+    def offloads(self):
+        """Whether `--offload` has somewhere to put things: on the CPU it has not."""
+        return self.args.offload and self.accelerator.device.type != "cpu"
+
+    @property
     def saving_dtype(self):
         """Type of the LoRA files, apart from checkpoints."""
         return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
@@ -1462,13 +1467,8 @@ def load_transformer(run):
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
     if run.recomputed_share:
         reentrant = not (run.compiled or run.sharded)
-        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=offloads(run))
+        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=run.offloads)
     return transformer
-
-
-def offloads(run):
-    """Whether `--offload` has somewhere to put things: on the CPU it has not."""
-    return run.args.offload and run.accelerator.device.type != "cpu"
 
 
 def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
@@ -2637,12 +2637,12 @@ def expected_memory(buckets, targets, run):
     tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
     layers = config["n_layers"] + config["n_refiner_layers"]
     recomputed = layers * float(run.recomputed_share)
-    in_layers = kept * max(1, layers - recomputed) + (1 if offloads(run) else recomputed) * boundary
+    in_layers = kept * max(1, layers - recomputed) + (1 if run.offloads else recomputed) * boundary
     activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
     encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
     if not args.cache_latents:  # the VAE encodes before the transformer begins
-        activations = max(activations + (0 if offloads(run) else parameters["vae"] * 4), encoding)
-    text_encoder = parameters["text layer" if offloads(run) else "text encoder"] * width
+        activations = max(activations + (0 if run.offloads else parameters["vae"] * 4), encoding)
+    text_encoder = parameters["text layer" if run.offloads else "text encoder"] * width
     processes = run.accelerator.num_processes if run.sharded else 1
     stages = {
         "text encoder": text_encoder / (processes if args.fsdp_text_encoder else 1),
