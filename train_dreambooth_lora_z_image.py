@@ -118,6 +118,11 @@ HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class UserError(ValueError):
     """A mistake that the user can mend. Its message is one line that names the flag or file, and the mend."""
 
@@ -126,8 +131,114 @@ class TrainingError(RuntimeError):
     """Training or saving cannot go on. Its message is one line."""
 
 
+def first_line(error):
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_unicode(text):
+    """Whether a text can be encoded: JSON and command lines can hold surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(path):
+    """The UTF-8 text of a file, stripped. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it in that encoding") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def write_json(path, value):
+    """Write JSON as UTF-8."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def digest_of(value):
+    """A digest of anything whose repr says all of it."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def digest_number(*parts):
+    """A seed of 63 bits that is a function of `parts` alone."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded_generator(*parts):
+    """A CPU generator whose state is a function of `parts` alone."""
+    return torch.Generator().manual_seed(digest_number(*parts))
+
+
+def file_digest(path):
+    """BLAKE2 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def flush_to_disk(path):
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(beside, path):
+    """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(beside, 0o666 & ~umask)
+    os.replace(beside, path)
+
+
+def remove_folder(path):
+    """Remove a checkpoint so that it is never seen half removed."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_picture(image, path):
+    """Write a PNG, whole or not at all."""
+    beside = path.with_suffix(".part")
+    image.save(beside, format="PNG")
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def training_goes_on(what):
+    """Where something other than the LoRA cannot be written, says so, and no more."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        logger.error(f"{what} could not be written ({first_line(error)}): training goes on, make room or mend it")
+
+
+def end_stage():
+    """Give the memory of deleted models back to the device and to the system: the C library keeps some of it."""
+    free_memory()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def send_when_parent_dies(number):
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+# Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +455,27 @@ def build_parser():
     return parser
 
 
+def parse_buckets(text):
+    """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
+    buckets = []
+    for pair in filter(None, (part.strip() for part in text.split(";"))):
+        try:
+            height, width = (int(side) for side in pair.split(","))
+        except ValueError:
+            raise UserError(f"--aspect_ratio_buckets: {pair!r} is not a pair height,width") from None
+        if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
+            raise UserError(f"--aspect_ratio_buckets: {pair} must be positive multiples of {SIZE_MULTIPLE}")
+        buckets.append((height, width))
+    if not buckets:
+        raise UserError('--aspect_ratio_buckets is empty: give pairs such as "1024,1024;832,1248"')
+    return buckets
+
+
+def hub_repository(args):
+    """The repository's name on the Hub, with or without its owner."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
 def parse_args(argv=None):
     """Parse and check a command line (default: `sys.argv[1:]`). A mistake exits with status 2 and one line."""
     parser = build_parser()
@@ -386,6 +518,24 @@ def parse_args(argv=None):
     return args
 
 
+def read_prompts(prompts):
+    """The prompts, files among them read line by line. Raises UserError."""
+    read = []
+    for prompt in prompts:
+        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
+        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+    return read
+
+
+def validation_prompts(args, final=False):
+    """The prompts to draw while training, or at its end."""
+    if final and args.skip_final_inference:
+        return []
+    if final and args.final_validation_prompt:
+        return [args.final_validation_prompt]
+    return args.validation_prompt or []
+
+
 def ineffective_flags(args):
     """Lines about flags that were given and change nothing, as the rest of the command line stands."""
     lines = []
@@ -407,24 +557,8 @@ def ineffective_flags(args):
     return lines
 
 
-def parse_buckets(text):
-    """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
-    buckets = []
-    for pair in filter(None, (part.strip() for part in text.split(";"))):
-        try:
-            height, width = (int(side) for side in pair.split(","))
-        except ValueError:
-            raise UserError(f"--aspect_ratio_buckets: {pair!r} is not a pair height,width") from None
-        if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise UserError(f"--aspect_ratio_buckets: {pair} must be positive multiples of {SIZE_MULTIPLE}")
-        buckets.append((height, width))
-    if not buckets:
-        raise UserError('--aspect_ratio_buckets is empty: give pairs such as "1024,1024;832,1248"')
-    return buckets
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Pictures and captions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -435,26 +569,6 @@ class Example(NamedTuple):
     source: Path | Callable  # its file, or a function that gives its bytes
     caption: str
     size: tuple[int, int]  # (height, width) in pixels, upright
-
-
-def load_examples(folder, flag, default_caption, caption_column=None):
-    """A folder's pictures with their captions, from headers alone, sorted by name. Raises UserError."""
-    folder = Path(folder)
-    files = list_pictures(folder, flag)
-    captions = read_metadata(folder, caption_column)
-    unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
-    for name, path in sorted(unlisted.items()):
-        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
-            raise UserError(
-                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
-            )
-    if not files and not unlisted:
-        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
-    examples = []
-    for path in sorted([*files, *unlisted.values()]):
-        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or default_caption
-        examples.append(Example(str(path), path, caption, picture_size(str(path), path)))
-    return examples
 
 
 def list_pictures(folder, flag):
@@ -472,20 +586,23 @@ def list_pictures(folder, flag):
     return pictures
 
 
-def read_text(path):
-    """The UTF-8 text of a file, stripped. Raises UserError."""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: save it in that encoding") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def read_sidecar(picture):
     """The caption in `photo.txt` beside `photo.jpg`, or nothing."""
     path = picture.with_suffix(".txt")
     return read_text(path) if path.is_file() else ""
+
+
+def clean_caption(caption, where):
+    """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
+    if isinstance(caption, (list, tuple)) and caption:
+        caption = caption[0]
+    if caption is None:
+        return ""
+    if not isinstance(caption, str):
+        raise UserError(f"{where}: the caption {caption!r} is not a text")
+    if not is_unicode(caption):
+        raise UserError(f"{where}: the caption {caption!r} holds half a character: mend it")
+    return caption.strip()
 
 
 def read_metadata(folder, caption_column):
@@ -516,76 +633,6 @@ def read_metadata(folder, caption_column):
     return {name: clean_caption(row.get(column), f"{path}, {name!r}") for name, row in rows.items()}
 
 
-def is_unicode(text):
-    """Whether a text can be encoded: JSON and command lines can hold surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def clean_caption(caption, where):
-    """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
-    if isinstance(caption, (list, tuple)) and caption:
-        caption = caption[0]
-    if caption is None:
-        return ""
-    if not isinstance(caption, str):
-        raise UserError(f"{where}: the caption {caption!r} is not a text")
-    if not is_unicode(caption):
-        raise UserError(f"{where}: the caption {caption!r} holds half a character: mend it")
-    return caption.strip()
-
-
-def load_dataset_examples(args):
-    """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
-    try:
-        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    except Exception as error:  # the library raises its own, and those of every format and of the network
-        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {first_line(error)}") from None
-    data = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
-        if column and column not in data.column_names:
-            raise UserError(f"{flag} {column}: {args.dataset_name} has only {', '.join(data.column_names)}")
-    try:
-        data = data.cast_column(args.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these
-        raise UserError(f"--image_column {args.image_column} of {args.dataset_name} holds no pictures") from None
-    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
-    if not len(data):
-        raise UserError(f"--dataset_name {args.dataset_name} is empty")
-    examples = []
-    for index, caption in enumerate(captions):
-        name = f"{args.dataset_name}[{index}]"
-        source = functools.partial(read_dataset_picture, data, args.image_column, index)
-        caption = clean_caption(caption, name) or args.instance_prompt
-        examples.append(Example(name, source, caption, picture_size(name, source)))
-    return examples
-
-
-def read_dataset_picture(data, column, index):
-    """The encoded picture in a row of a data set, as bytes."""
-    picture = data[index][column]
-    if picture is None:
-        raise ValueError("the row has no picture")
-    return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
-
-
-def read_bytes(source):
-    """The encoded picture of an example."""
-    return source.read_bytes() if isinstance(source, Path) else source()
-
-
-def open_picture(source):
-    """An open Pillow picture, not yet decoded."""
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
-
-
 @contextlib.contextmanager
 def picture_errors(name):
     """Turns whatever Pillow raises about a bad picture into a UserError that names it."""
@@ -596,9 +643,14 @@ def picture_errors(name):
         raise UserError(f"{name} cannot be read as a picture ({reason}): replace or remove it") from None
 
 
-def first_line(error):
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def open_picture(source):
+    """An open Pillow picture, not yet decoded."""
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
+
+
+def read_bytes(source):
+    """The encoded picture of an example."""
+    return source.read_bytes() if isinstance(source, Path) else source()
 
 
 def picture_size(name, source):
@@ -645,10 +697,38 @@ def decode_image(name, source):
         return image.convert("RGB")
 
 
-def assign_buckets(examples, args):
-    """The training size (height, width) of each example."""
-    buckets = list_buckets(args)
-    return [assign_bucket(example.size, buckets, args.resolution) for example in examples]
+def picture_tensor(image):
+    """An RGB picture as uint8 [H, W, 3]."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def fit_to_bucket(image, bucket, crop, flip):
+    """Scale a picture to cover `bucket` (height, width), cut it there, and mirror it if `flip`.
+
+    `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
+    so that a picture of extreme shape costs no more memory than another. Gives [3, H, W] in [-1, 1].
+    """
+    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=crop[::-1])
+    if flip:
+        image = ImageOps.mirror(image)
+    return picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def round_size(side):
+    """The multiple of 16 nearest to `side`, at least 16."""
+    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+
+@functools.cache
+def ladder(resolution):
+    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
+    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+
+
+@functools.cache
+def smallest_area(resolution):
+    """Pixels of the smallest of those buckets."""
+    return min(math.prod(bucket) for bucket in ladder(resolution))
 
 
 def list_buckets(args):
@@ -656,11 +736,6 @@ def list_buckets(args):
     if args.aspect_ratio_buckets:
         return parse_buckets(args.aspect_ratio_buckets)
     return None if args.use_aspect_ratio_buckets else [(round_size(args.resolution),) * 2]
-
-
-def round_size(side):
-    """The multiple of 16 nearest to `side`, at least 16."""
-    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
 
 def assign_bucket(size, buckets, resolution):
@@ -686,33 +761,76 @@ def assign_bucket(size, buckets, resolution):
     return (SIZE_MULTIPLE, SIZE_MULTIPLE)
 
 
-@functools.cache
-def ladder(resolution):
-    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
-    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+def assign_buckets(examples, args):
+    """The training size (height, width) of each example."""
+    buckets = list_buckets(args)
+    return [assign_bucket(example.size, buckets, args.resolution) for example in examples]
 
 
-@functools.cache
-def smallest_area(resolution):
-    """Pixels of the smallest of those buckets."""
-    return min(math.prod(bucket) for bucket in ladder(resolution))
+def load_examples(folder, flag, default_caption, caption_column=None):
+    """A folder's pictures with their captions, from headers alone, sorted by name. Raises UserError."""
+    folder = Path(folder)
+    files = list_pictures(folder, flag)
+    captions = read_metadata(folder, caption_column)
+    unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
+    for name, path in sorted(unlisted.items()):
+        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
+            raise UserError(
+                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
+            )
+    if not files and not unlisted:
+        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
+    examples = []
+    for path in sorted([*files, *unlisted.values()]):
+        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or default_caption
+        examples.append(Example(str(path), path, caption, picture_size(str(path), path)))
+    return examples
 
 
-def fit_to_bucket(image, bucket, crop, flip):
-    """Scale a picture to cover `bucket` (height, width), cut it there, and mirror it if `flip`.
-
-    `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
-    so that a picture of extreme shape costs no more memory than another. Gives [3, H, W] in [-1, 1].
-    """
-    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=crop[::-1])
-    if flip:
-        image = ImageOps.mirror(image)
-    return picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+def read_dataset_picture(data, column, index):
+    """The encoded picture in a row of a data set, as bytes."""
+    picture = data[index][column]
+    if picture is None:
+        raise ValueError("the row has no picture")
+    return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
 
-def picture_tensor(image):
-    """An RGB picture as uint8 [H, W, 3]."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+def load_dataset_examples(args):
+    """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
+    try:
+        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # the library raises its own, and those of every format and of the network
+        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {first_line(error)}") from None
+    data = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
+        if column and column not in data.column_names:
+            raise UserError(f"{flag} {column}: {args.dataset_name} has only {', '.join(data.column_names)}")
+    try:
+        data = data.cast_column(args.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these
+        raise UserError(f"--image_column {args.image_column} of {args.dataset_name} holds no pictures") from None
+    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+    if not len(data):
+        raise UserError(f"--dataset_name {args.dataset_name} is empty")
+    examples = []
+    for index, caption in enumerate(captions):
+        name = f"{args.dataset_name}[{index}]"
+        source = functools.partial(read_dataset_picture, data, args.image_column, index)
+        caption = clean_caption(caption, name) or args.instance_prompt
+        examples.append(Example(name, source, caption, picture_size(name, source)))
+    return examples
+
+
+def load_class_examples(args):
+    """The pictures of the class that there are: none yet where they will be generated."""
+    folder = Path(args.class_data_dir)
+    if not folder.exists() or not list_pictures(folder, "--class_data_dir"):
+        return []
+    return load_examples(folder, "--class_data_dir", args.class_prompt)
 
 
 def load_all_examples(args):
@@ -731,14 +849,6 @@ def load_all_examples(args):
     return examples
 
 
-def load_class_examples(args):
-    """The pictures of the class that there are: none yet where they will be generated."""
-    folder = Path(args.class_data_dir)
-    if not folder.exists() or not list_pictures(folder, "--class_data_dir"):
-        return []
-    return load_examples(folder, "--class_data_dir", args.class_prompt)
-
-
 def verify_pictures(examples):
     """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
     for example in examples:
@@ -747,14 +857,923 @@ def verify_pictures(examples):
             image.load()
 
 
-def digest_number(*parts):
-    """A seed of 63 bits that is a function of `parts` alone."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+def find_duplicates(examples):
+    """Pairs of names of picture files with the same bytes; only files of the same size are read."""
+    by_size, seen, pairs = Counter(), {}, []
+    files = [example for example in examples if isinstance(example.source, Path)]
+    by_size.update(example.source.stat().st_size for example in files)
+    for example in files:
+        if by_size[example.source.stat().st_size] > 1:
+            first = seen.setdefault(file_digest(example.source), example.name)
+            if first != example.name:
+                pairs.append((first, example.name))
+    return pairs
 
 
-def seeded_generator(*parts):
-    """A CPU generator whose state is a function of `parts` alone."""
-    return torch.Generator().manual_seed(digest_number(*parts))
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """Where the pipeline is, and what its configuration files say."""
+
+    path: str
+    hub_kwargs: dict  # revision, variant, cache_dir
+    transformer_config: dict
+    vae_config: dict
+    text_config: transformers.PretrainedConfig
+    scheduler: FlowMatchEulerDiscreteScheduler
+    vae_scale_factor: int
+    latent_channels: int
+    identity: dict  # {component: what changes when its weights do}
+
+    def latent_shape(self, bucket):
+        """(C, h, w) of the latents of a picture of that (height, width)."""
+        return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
+
+    def longest_prompt(self, args):
+        """`--max_sequence_length` in tokens, or what the model's rotary embedding has room for, beside the picture."""
+        room = (self.transformer_config["axes_lens"][0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+        return min(args.max_sequence_length, room)
+
+    def load(self, cls, subfolder, **kwargs):
+        """A component with its weights. Raises UserError."""
+        try:
+            component = cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
+            if isinstance(component, torch.nn.Module) and any(p.is_meta for p in component.parameters()):
+                raise ValueError("its file lacks some of the weights")
+            return component
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
+
+
+def component_identity(path, name, args):
+    """What tells one version of a component from another: its files' sizes and dates, or the revision on the Hub."""
+    if not Path(path).is_dir():
+        config = DiffusionPipeline.load_config(
+            path, revision=args.revision, cache_dir=args.cache_dir, return_commit_hash=True
+        )
+        return [path, config[-1], args.variant]
+    folders = [name, "tokenizer"] if name == "text_encoder" else [name]
+    files = [file for folder in folders for file in sorted(Path(path, folder).rglob("*")) if file.is_file()]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def check_model(args):
+    """Read the configuration of every component, before anything expensive. Raises UserError."""
+    path, hub_kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    flag = f"--pretrained_model_name_or_path {path}"
+    classes = (ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler)
+    configs = {}
+    try:
+        name = "model_index.json"
+        index = DiffusionPipeline.load_config(path, **hub_kwargs)
+        if index.get("_class_name") not in ("ZImagePipeline", None):
+            raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
+        for name, cls in zip(("transformer", "vae", "scheduler"), classes, strict=True):
+            configs[name] = cls.load_config(path, subfolder=name, **hub_kwargs)
+            if configs[name].get("_class_name") != cls.__name__:
+                raise UserError(f"{flag}: its {name} is a {configs[name].get('_class_name')}, not a {cls.__name__}")
+        name = "text_encoder"
+        text_config = transformers.AutoConfig.from_pretrained(path, subfolder=name, **hub_kwargs)
+        if not text_config.model_type.startswith("qwen"):
+            raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
+        name = "tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=name, **hub_kwargs)
+        if not tokenizer.chat_template:
+            raise UserError(f"{flag}: its tokenizer has no chat template")
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(f"{flag} is not a complete Z-Image pipeline: its {name}: {first_line(error)}") from None
+    for name in ("transformer", "vae", "text_encoder"):
+        if Path(path).is_dir() and not [*Path(path, name).glob("*.safetensors"), *Path(path, name).glob("*.bin")]:
+            raise UserError(f"{flag}: its {name} has no weights")
+    if "text_encoder" not in index or "tokenizer" not in index:
+        raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
+    transformer, vae = configs["transformer"], configs["vae"]
+    if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
+        raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
+    longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
+    for height, width in list_buckets(args) or [(round_size(args.resolution),) * 2]:
+        if height > longest[0] or width > longest[1]:
+            size = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
+            raise UserError(f"--{size}: this model draws at most {longest[0]} x {longest[1]} pixels")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
+        raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
+    return Model(
+        path,
+        {**hub_kwargs, "variant": args.variant},
+        transformer,
+        vae,
+        text_config,
+        scheduler,
+        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        latent_channels=vae["latent_channels"],
+        identity={name: component_identity(path, name, args) for name in ("text_encoder", "vae")},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is decided once and holds for the whole run."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: Model
+    seed: int
+    weight_dtype: torch.dtype  # of the frozen weights and the products
+
+    @property
+    def sharded(self):
+        """Whether the frozen weights are spread over the processes, so that all must take part in every pass."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def compiled(self):
+        """Whether the transformer's blocks are compiled, for the flag or for the accelerate config's section."""
+        return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+    @property
+    def recomputed_share(self):
+        """Share of the blocks that keep only their inputs, by the flag or by the accelerate config's FSDP section."""
+        by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
+        return self.args.gradient_checkpointing or by_config
+
+    @property
+    def offloads(self):
+        """Whether `--offload` has somewhere to put things: on the CPU it has not."""
+        return self.args.offload and self.accelerator.device.type != "cpu"
+
+    @property
+    def saving_dtype(self):
+        """Type of the LoRA files, apart from checkpoints."""
+        return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
+
+    def share(self, items):
+        """This process's part of a list of work."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+
+def validation_model(run):
+    """The model that draws: the one in training, or `--validation_model_path` with its scheduler. Raises UserError."""
+    path = run.args.validation_model_path
+    if path is None:
+        return run.model
+    other = dataclasses.replace(run.model, path=path, hub_kwargs={"cache_dir": run.args.cache_dir})
+    try:
+        return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
+    except UserError as error:
+        raise UserError(f"--validation_model_path {error}") from None
+
+
+def list_trackers(report_to):
+    """The trackers of `--report_to` for accelerate, or None. Raises UserError for one that is unknown or missing."""
+    names = [name.strip() for name in report_to.split(",")]
+    if names == ["none"]:
+        return None
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    for name in names:
+        if name != "all" and name not in known:
+            raise UserError(f"--report_to {name} is unknown: choose from {', '.join(known)}, all or none")
+        if name != "all" and name not in installed:
+            raise UserError(f"--report_to {name} is not installed: pip install {name}, or give --report_to none")
+    return names
+
+
+def follow_launcher():
+    """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
+    if (
+        sys.platform == "linux"
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+        and "TORCHELASTIC_RUN_ID" not in os.environ
+    ):
+        send_when_parent_dies(signal.SIGTERM)
+
+
+def start(args):
+    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher_precision == "fp8":
+        raise UserError(
+            "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
+        )
+    if any(parse_flag_from_env(f"ACCELERATE_USE_{library}") for library in ("DEEPSPEED", "MEGATRON_LM")):
+        raise UserError(
+            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
+        )
+    precision = args.mixed_precision
+    if args.do_fp8_training and precision is None and launcher_precision == "no":
+        precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
+    trackers = list_trackers(args.report_to)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=trackers,
+            # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            project_config=ProjectConfiguration(
+                args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+            ),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"--mixed_precision {precision or launcher_precision}: {first_line(error)}") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise UserError("the launcher started several processes, but this machine has no device for each: start one")
+    follow_launcher()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
+    if args.do_fp8_training and accelerator.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(accelerator.device)
+        if capability < (8, 9):
+            raise UserError(
+                f"--do_fp8_training needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}: "
+                "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
+            )
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
+    if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UserError("the accelerate config asks for FSDP version 1: set fsdp_version: 2 in its fsdp_config")
+    if args.fsdp_text_encoder and not sharded:
+        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
+    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
+        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
+    if args.attention_backend and args.attention_backend not in (names := [b.value for b in AttentionBackendName]):
+        raise UserError(f"--attention_backend {args.attention_backend} is unknown: choose one of {', '.join(names)}")
+    if args.attention_backend:
+        try:
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"--attention_backend {args.attention_backend}: {first_line(error)}") from None
+    if accelerator.mixed_precision == "fp16":
+        logger.warning(
+            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
+        )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for line in ineffective_flags(args):
+        logger.warning(line)
+    return accelerator
+
+
+def loggable(args):
+    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in vars(args).items()
+        if name != "hub_token"
+    }
+
+
+def start_trackers(args, accelerator):
+    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
+    if args.hub_token:  # some store the command line, and one asks the kernel for it
+        sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
+        if "swanlab" in map(str, accelerator.log_with):
+            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
+    try:
+        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
+    except Exception as error:  # every tracker raises its own
+        raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
+
+
+def shows_progress(accelerator):
+    """Whether this process draws progress bars: the main one, at a terminal."""
+    return accelerator.is_main_process and sys.stderr.isatty()
+
+
+def choose_seed(args, checkpoint):
+    """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
+    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
+    if args.seed is not None:
+        return args.seed
+    if checkpoint:
+        return checkpoint.manifest["seed"]
+    logger.info(f"--seed was not given: drew {drawn}")
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EncodingCache:
+    """Tensors on disk, each in a file named after everything it was computed from. `folder` None: no cache."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder) if folder else None
+
+    def file(self, key):
+        return self.folder / f"{digest_of(key)}.safetensors"
+
+    def get(self, key):
+        """The tensor, or None where there is none or its file is damaged."""
+        if self.folder is None or not (path := self.file(key)).is_file():
+            return None
+        try:
+            return load_file(path)["encoding"]
+        except Exception as error:  # whatever is wrong with the file, its content is made anew
+            logger.warning(f"--encoding_cache_dir: {path} is damaged and made anew ({first_line(error)})")
+            return None
+
+    def put(self, key, tensor):
+        """Write beside and rename, so that runs that share the folder never see half a file."""
+        if self.folder is not None:
+            path = self.file(key)
+            beside = path.with_suffix(f".{os.getpid()}")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"encoding": tensor.contiguous()}, beside)
+                put_in_place(beside, path)
+            except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
+                logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
+
+
+def load_text_pipeline(model, dtype):
+    """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
+    try:
+        text_encoder, loaded = transformers.AutoModel.from_pretrained(
+            model.path, subfolder="text_encoder", dtype=dtype, output_loading_info=True, **model.hub_kwargs
+        )
+        if loaded["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"its file lacks {len(loaded['missing_keys'])} of the weights")
+        return ZImagePipeline.from_pretrained(
+            model.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, **model.hub_kwargs
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{model.path}: its text_encoder cannot be loaded: {first_line(error)}") from None
+
+
+def count_tokens(tokenizer, prompt, limit):
+    """Length of the prompt in the chat template; warns where `--max_sequence_length` will cut it."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    tokens = tokenizer(text).input_ids
+    if len(tokens) > limit:
+        logger.warning(
+            f"--max_sequence_length {limit} cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}... "
+            f"ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}"
+        )
+    return len(tokens)
+
+
+def warn_of_cut_prompts(examples, run):
+    """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
+    tokenizer = run.model.load(transformers.AutoTokenizer, "tokenizer")
+    for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
+        count_tokens(tokenizer, prompt, run.model.longest_prompt(run.args))
+
+
+def shard(modules, accelerator, ignored=()):
+    """Spread the parameters of modules, inner ones first, over the processes as accelerate's FSDP section says.
+
+    `ignored` parameters stay whole on every process.
+    """
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    options = {
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "ignored_params": set(ignored),
+    }
+    for parameter in ignored:
+        parameter.data = parameter.data.to(accelerator.device)
+    for module in modules:
+        fully_shard(module, **options)
+
+
+def encode_prompts(prompts, run):
+    """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
+
+    The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
+    alone and at its own length: padding is masked there, and would only cost time. Raises UserError.
+    """
+    args, accelerator = run.args, run.accelerator
+    cache = EncodingCache(args.encoding_cache_dir)
+    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
+    longest = run.model.longest_prompt(args)
+    settings = ("prompt", run.model.identity["text_encoder"], longest, str(dtype))
+    # One process looks into the cache for all: another run may be adding to it.
+    embeds = accelerator.is_main_process and {prompt: cache.get((*settings, prompt)) for prompt in prompts}
+    embeds = broadcast_object_list([embeds])[0]
+    missing = [prompt for prompt, embed in embeds.items() if embed is None]
+    if not missing:
+        return embeds
+    pipeline = load_text_pipeline(run.model, dtype)
+    text_encoder = pipeline.text_encoder.requires_grad_(False)
+    if args.fsdp_text_encoder:
+        text_encoder.rotary_emb.to(accelerator.device)
+        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
+        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), accelerator)
+    elif args.offload:
+        accelerate.cpu_offload(text_encoder, accelerator.device)  # each layer visits the device by itself
+    else:
+        text_encoder.to(accelerator.device)
+    encoded = []
+    with torch.no_grad():
+        for prompt in missing if args.fsdp_text_encoder else run.share(missing):
+            length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
+            embed = pipeline.encode_prompt(
+                [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
+            )[0][0].to("cpu", copy=True)
+            cache.put((*settings, prompt), embed)
+            encoded.append((prompt, embed))
+    embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
+    del pipeline, text_encoder
+    end_stage()
+    return embeds
+
+
+def load_vae(run):
+    """The frozen VAE, in float32: it loses detail in half precision. With `--offload` it waits in host memory."""
+    vae = run.model.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
+    return vae.to("cpu" if run.args.offload else run.accelerator.device)
+
+
+@torch.no_grad()
+def encode_images(vae, pixels, run):
+    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
+
+    One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
+    """
+    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.to(run.accelerator.device).split(1)])
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae, latents, run):
+    """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
+    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
+
+
+def cache_latents(dataset, kinds, run):
+    """{(kind, index, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
+    cache = EncodingCache(run.args.encoding_cache_dir)
+    numbered = [(kind, index) for kind in kinds for index in range(len(dataset.examples[kind]))]
+    vae, encoded = None, []
+    for kind, index in run.share(numbered):
+        example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
+        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: runs can share latents
+        crop = "center" if run.args.center_crop or kind == "held-out" else "drawn"
+        for flip in (False, True) if run.args.random_flip and kind != "held-out" else (False,):
+            key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
+            latents = cache.get(key)
+            if latents is None:
+                vae = vae or load_vae(run)
+                pixels = dataset.pixels(kind, index, flip, content)
+                latents = encode_images(vae, pixels[None], run)[0].cpu()
+                cache.put(key, latents)
+            encoded.append(((kind, index, flip), latents))
+    del vae
+    end_stage()
+    return dict(gather_object(encoded))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def quantization_config(run):
+    """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
+    path = run.args.bnb_quantization_config_path
+    if not path:
+        return None
+    try:
+        settings = json.loads(read_text(Path(path)))
+        known = inspect.signature(BitsAndBytesConfig.__init__).parameters
+        if unknown := settings.keys() - known:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+        if [settings.get("load_in_4bit", False), settings.get("load_in_8bit", False)].count(True) != 1:
+            raise ValueError("set one of load_in_4bit and load_in_8bit to true")
+        if settings.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+            raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
+        if settings.get("load_in_4bit"):
+            settings["bnb_4bit_compute_dtype"] = run.weight_dtype
+        config = BitsAndBytesConfig(**settings)
+        if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
+            raise ValueError(
+                "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
+            )
+        DiffusersAutoQuantizer.from_config(config).validate_environment()
+        return config
+    except UserError as error:
+        raise UserError(f"--bnb_quantization_config_path: {error}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(f"--bnb_quantization_config_path {path}: {first_line(error)}") from None
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def quantize_rows(matrix):
+    """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
+    scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return (matrix / scale).to(FLOAT8, memory_format=torch.contiguous_format), scale
+
+
+class Float8Product(torch.autograd.Function):
+    """`x @ weight.T` with both products in float8: the forward one, and that of the gradient with respect to `x`.
+
+    The gradient sums over the output channels, each of which has a scale of its own, so those scales go into the
+    gradient before it is quantized. One set of float8 weights serves both; only while the backward pass runs there is
+    a transposed copy of one layer's, because tensor cores want the summed dimension contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, out_dtype):
+        ctx.save_for_backward(weight, scale)
+        ctx.x_dtype = x.dtype
+        rows, row_scale = quantize_rows(x)
+        product = torch._scaled_mm(
+            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.to(out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        rows, row_scale = quantize_rows(grad * scale.t())
+        columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
+        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return product.to(ctx.x_dtype), None, None, None
+
+
+class FrozenFloat8Linear(torch.nn.Linear):
+    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other.
+
+    The float8 numbers are kept as bytes, which every communication library can send.
+    """
+
+    compute_dtype = torch.float32  # PEFT makes adapters in this type
+
+    def __init__(self, linear, device):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        weight, scale = quantize_rows(linear.weight.detach().to(device))
+        self.weight = torch.nn.Parameter(weight.view(torch.uint8), requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x):
+        device = x.device.type
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        product = Float8Product.apply(x.flatten(0, -2), self.weight.view(FLOAT8), self.scale, out_dtype)
+        return product.unflatten(0, x.shape[:-1])
+
+
+def transformer_blocks(transformer):
+    """All transformer blocks, in the order in which they run."""
+    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+
+
+def quantize_to_float8(transformer, device):
+    """Replace the attention and feed-forward layers of every block, one at a time, by float8 ones on `device`.
+
+    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its precision.
+    """
+    for block in transformer_blocks(transformer):
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear) and module.bias is None:  # all but the modulation
+                block.set_submodule(name, FrozenFloat8Linear(module, device))
+
+
+def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
+    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass.
+
+    `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
+    hooks want that graph, and compiled blocks would be compiled without it as well. With `on_host` the inputs wait in
+    host memory.
+    """
+    recomputed = {
+        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
+    }
+
+    def run_block(block, hidden_states, *inputs):
+        if block not in recomputed:
+            return block(hidden_states, *inputs)
+        hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
+        with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
+            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant)
+
+    transformer.enable_gradient_checkpointing(run_block)
+
+
+class RealRopeEmbedder(RopeEmbedder):
+    """The rotary embedding as pairs of cosine and sine, [tokens, head_dim / 2, 2], in place of complex numbers."""
+
+    def __call__(self, ids):
+        return torch.view_as_real(super().__call__(ids))
+
+
+def rotate_pairs(x, rotation):
+    """Turn each pair of channels of x [B, tokens, heads, head_dim] by rotation [B, tokens, head_dim / 2, 2]."""
+    cos, sin = rotation.unsqueeze(2).unbind(-1)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
+    """diffusers' attention of Z-Image with that embedding."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = rotate_pairs(attn.norm_q(query), freqs_cis), rotate_pairs(attn.norm_k(key), freqs_cis)
+        mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        output = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        return attn.to_out[0](output.flatten(2, 3).type_as(query))
+
+
+def compile_blocks(transformer):
+    """Compile the repeated block, not the model: Inductor fuses it whole once complex numbers are out of it."""
+    rope = transformer.rope_embedder
+    transformer.rope_embedder = RealRopeEmbedder(rope.theta, rope.axes_dims, rope.axes_lens)
+    # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit of 8.
+    torch._dynamo.config.recompile_limit = 64
+    for block in transformer_blocks(transformer):
+        backend = block.attention.processor._attention_backend
+        block.attention.set_processor(RealRopeAttnProcessor())
+        block.attention.processor._attention_backend = backend
+        block.compile(fullgraph=True)
+
+
+def load_transformer(run):
+    """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
+    args, device = run.args, run.accelerator.device
+    quantization = quantization_config(run)
+    kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
+    transformer.requires_grad_(False)
+    if args.do_fp8_training:
+        quantize_to_float8(transformer, device)
+    if not quantization and not run.sharded:
+        transformer.to(device)
+    if args.attention_backend or args.enable_npu_flash_attention:
+        transformer.set_attention_backend(args.attention_backend or "_native_npu")
+    if run.recomputed_share:
+        reentrant = not (run.compiled or run.sharded)
+        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=run.offloads)
+    return transformer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA and its files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def names_module(name, path):
+    """Whether `name` means the module at `path`: `to_q`, `layers.0.attention.to_q`, `layers.0.to_q` or `layers.0`."""
+    if f".{name}." in f".{path}.":
+        return True
+    parts = name.split(".")
+    return any(
+        path.startswith(".".join(parts[:i]) + ".") and path.endswith("." + ".".join(parts[i:]))
+        for i in range(1, len(parts))
+    )
+
+
+def resolve_lora_layers(names, config):
+    """The linear layers that `--lora_layers` means: {requested name: {module path: in + out}}. Raises UserError.
+
+    A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
+    (`ff.net.0.proj`, `ff.net.2`) mean this model's.
+    """
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel.from_config(config)
+    linear = {
+        n: m.in_features + m.out_features for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    resolved = {}
+    for requested in filter(None, (name.strip() for name in names.split(","))):
+        own = [requested]
+        for foreign, ours in {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}.items():
+            if requested == foreign or requested.endswith("." + foreign):
+                own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
+                logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
+        resolved[requested] = {path: linear[path] for path in linear if any(names_module(n, path) for n in own)}
+        if not resolved[requested]:
+            known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
+            near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "try to_q, to_k, to_v, to_out.0 or feed_forward.w1"
+            raise UserError(f"--lora_layers: {requested!r} matches no linear layer of the transformer: {hint}")
+    if not resolved:
+        raise UserError("--lora_layers is empty: try to_k,to_q,to_v,to_out.0")
+    return resolved
+
+
+def leave_inputs_alone(transformer):
+    """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def add_lora(transformer, targets, run):
+    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Gives its parameters."""
+    args = run.args
+    torch.manual_seed(run.seed)
+    transformer.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=sorted({path for paths in targets.values() for path in paths}),
+        )
+    )
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
+        parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
+    leave_inputs_alone(transformer)
+    return parameters
+
+
+def freeze_base_adapter(transformer):
+    """PEFT makes every active adapter trainable: not this one."""
+    for name, parameter in transformer.named_parameters():
+        if ".base." in name:
+            parameter.requires_grad_(False)
+
+
+def read_base_adapter(args):
+    """The tensors, metadata and weight of `--base_adapter`. Raises UserError."""
+    path, _, weight = args.base_adapter.rpartition(":")
+    try:
+        weight = float(weight)
+    except ValueError:
+        path, weight = args.base_adapter, 1.0
+    try:
+        state, metadata = ZImagePipeline.lora_state_dict(path, cache_dir=args.cache_dir, return_lora_metadata=True)
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
+    state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
+    return state, metadata, weight
+
+
+def wear_base_adapter(transformer, args):
+    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
+    state, metadata, weight = read_base_adapter(args)
+    try:
+        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
+    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
+        raise UserError(
+            f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA: {first_line(error)}"
+        ) from None
+    transformer.set_adapters(["default", "base"], [1.0, weight])
+    freeze_base_adapter(transformer)
+    leave_inputs_alone(transformer)
+
+
+def lora_metadata(transformer):
+    """The adapter's settings as diffusers stores them in the file: those that every version of PEFT knows."""
+    config = transformer.peft_config["default"]
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,  # of training alone: diffusers would go on dropping when it draws
+        "target_modules": sorted(config.target_modules),
+    }
+
+
+def save_lora(transformer, folder, dtype):
+    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all."""
+    state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    ZImagePipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=state,
+        weight_name=f".{LORA_FILE}",
+        transformer_lora_adapter_metadata=lora_metadata(transformer),
+    )
+    put_in_place(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
+    return state
+
+
+def load_lora(transformer, folder):
+    """Load what `save_lora` wrote into the adapter. Raises UserError where it belongs to another model."""
+    state = {k.removeprefix("transformer."): v for k, v in load_file(Path(folder, LORA_FILE)).items()}
+    expected = get_peft_model_state_dict(transformer)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        raise UserError(f"{folder}: its LoRA does not fit this model, --rank and --lora_layers")
+    set_peft_model_state_dict(transformer, state)
+
+
+def lora_modules(state):
+    """The names of the modules that a LoRA changes."""
+    return [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+
+
+def effect(state, module):
+    """What the pair of matrices does to a vector of ones, [out], before scaling."""
+    down, up = (state[f"{module}.lora_{part}.weight"].float() for part in "AB")
+    return up @ down.sum(1)
+
+
+def comfyui_state(state, alpha):
+    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor beside each pair."""
+    comfyui = {f"diffusion_model.{name}": tensor for name, tensor in state.items()}
+    alphas = {f"diffusion_model.{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
+    return comfyui | alphas
+
+
+def save_result(transformer, run):
+    """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
+    args = run.args
+    folder = Path(args.output_dir)
+    comfyui = folder / "comfyui" / f"{folder.resolve().name}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = save_lora(transformer, folder, run.saving_dtype)
+        comfyui.parent.mkdir(exist_ok=True)
+        save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
+        put_in_place(comfyui.with_suffix(".part"), comfyui)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
+    scale = args.lora_alpha / args.rank
+    for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
+        loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
+        for name in lora_modules(state):
+            expected = scale * effect(state, name)
+            if (scale_as_read * effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
+                raise TrainingError(f"{file} does not read back as it was written: {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def training_sigmas(scheduler, shift=None):
+    """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
+    if shift is None:
+        return scheduler.sigmas.flip(0)
+    steps = scheduler.config.num_train_timesteps
+    sigmas = torch.arange(1, steps + 1) / steps
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def sample_sigmas(sigmas, args, generator):
+    """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
+    u = compute_density_for_timestep_sampling(
+        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
+
+
+def predict_velocity(transformer, latents, sigmas, prompt_embeds, dtype):
+    """The model's velocity d x_sigma / d sigma, [B, C, h, w] float32: its calling convention lives here alone.
+
+    latents [B, C, h, w]; sigmas [B]; prompt_embeds: B of [L, D]. The model takes lists, a frame axis and time that
+    runs from noise (0) to data (1), and gives the negated velocity, as in `ZImagePipeline.__call__`.
+    """
+    output = transformer(
+        list(latents.to(dtype).unsqueeze(2).unbind(0)),
+        (1000 - sigmas * 1000) / 1000,
+        prompt_embeds,
+        return_dict=False,
+    )[0]
+    return -torch.stack(output).squeeze(2).float()
+
+
+def flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme):
+    """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
+
+    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
+    """
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+    return weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
+
+
+def training_loss(transformer, vae, batch, weighting_scheme, run):
+    """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
+    to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
+    noise, sigmas, weights = (to_device(batch[name]) for name in ("noise", "sigmas", "weights"))
+    latents = to_device(batch["latents"]) if "latents" in batch else encode_images(vae, batch["pixels"], run)
+    level = sigmas[:, None, None, None]
+    noisy_latents = (1 - level) * latents + level * noise
+    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch["prompt_embeds"]]
+    with run.accelerator.autocast():
+        velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
+    return (weights * losses).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and their order
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -766,47 +1785,6 @@ class Sample(NamedTuple):
     prompt: str
     flip: bool
     weight: float  # of its loss in the update
-
-
-class DreamBoothDataset(Dataset):
-    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
-
-    examples, buckets: {"instance": [...], "class": [...], "held-out": [...]}; prompt_embeds: {prompt: [L, D]};
-    sigmas: [1000], ascending; latents: {(kind, index, flip): [C, h, w]} of those that are cached.
-    """
-
-    def __init__(self, examples, buckets, prompt_embeds, sigmas, run):
-        self.examples, self.buckets, self.prompt_embeds, self.sigmas = examples, buckets, prompt_embeds, sigmas
-        self.model, self.args, self.seed = run.model, run.args, run.seed
-        self.latents = {}
-
-    def pixels(self, kind, index, flip, *draw):
-        """An example's picture as [3, H, W] in [-1, 1], its crop a function of `draw`."""
-        generator = seeded_generator("crop", *draw)
-        centered = self.args.center_crop or kind == "held-out"
-        crop = (0.5, 0.5) if centered else torch.rand(2, generator=generator).tolist()
-        example = self.examples[kind][index]
-        return fit_to_bucket(decode_image(example.name, example.source), self.buckets[kind][index], crop, flip)
-
-    def __getitem__(self, sample):
-        item = {"sample": sample, "prompt_embeds": self.prompt_embeds[sample.prompt]}
-        if self.args.cache_latents:
-            item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
-        else:
-            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, self.seed, sample.kind, sample.number)
-        generator = seeded_generator(self.seed, "objective", sample.kind, sample.number)
-        item["sigmas"] = sample_sigmas(self.sigmas, self.args, generator)
-        item["noise"] = torch.randn(
-            self.model.latent_shape(self.buckets[sample.kind][sample.index]), generator=generator
-        )
-        return item
-
-
-def collate(items):
-    """A micro-batch: tensors stacked to [B, ...], the prompt embeddings (of different lengths) as a list."""
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    batch["weights"] = [torch.tensor(sample.weight) for sample in batch.pop("sample")]
-    return {key: values if key == "prompt_embeds" else torch.stack(values) for key, values in batch.items()}
 
 
 class Schedule(NamedTuple):
@@ -914,365 +1892,59 @@ class BucketBatchSampler:
         return batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frozen encoders
-# ---------------------------------------------------------------------------------------------------------------------
+class DreamBoothDataset(Dataset):
+    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """Where the pipeline is, and what its configuration files say."""
-
-    path: str
-    hub_kwargs: dict  # revision, variant, cache_dir
-    transformer_config: dict
-    vae_config: dict
-    text_config: transformers.PretrainedConfig
-    scheduler: FlowMatchEulerDiscreteScheduler
-    vae_scale_factor: int
-    latent_channels: int
-    identity: dict  # {component: what changes when its weights do}
-
-    def latent_shape(self, bucket):
-        """(C, h, w) of the latents of a picture of that (height, width)."""
-        return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
-
-    def longest_prompt(self, args):
-        """`--max_sequence_length` in tokens, or what the model's rotary embedding has room for, beside the picture."""
-        room = (self.transformer_config["axes_lens"][0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-        return min(args.max_sequence_length, room)
-
-    def load(self, cls, subfolder, **kwargs):
-        """A component with its weights. Raises UserError."""
-        try:
-            component = cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
-            if isinstance(component, torch.nn.Module) and any(p.is_meta for p in component.parameters()):
-                raise ValueError("its file lacks some of the weights")
-            return component
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What is decided once and holds for the whole run."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: Model
-    seed: int
-    weight_dtype: torch.dtype  # of the frozen weights and the products
-
-    @property
-    def sharded(self):
-        """Whether the frozen weights are spread over the processes, so that all must take part in every pass."""
-        return self.accelerator.distributed_type == DistributedType.FSDP
-
-    @property
-    def compiled(self):
-        """Whether the transformer's blocks are compiled, for the flag or for the accelerate config's section."""
-        return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-
-    @property
-    def recomputed_share(self):
-        """Share of the blocks that keep only their inputs, by the flag or by the accelerate config's FSDP section."""
-        by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
-        return self.args.gradient_checkpointing or by_config
-
-    @property
-    def offloads(self):
-        """Whether `--offload` has somewhere to put things: on the CPU it has not."""
-        return self.args.offload and self.accelerator.device.type != "cpu"
-
-    @property
-    def saving_dtype(self):
-        """Type of the LoRA files, apart from checkpoints."""
-        return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
-
-    def share(self, items):
-        """This process's part of a list of work."""
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
-
-
-def check_model(args):
-    """Read the configuration of every component, before anything expensive. Raises UserError."""
-    path, hub_kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    flag = f"--pretrained_model_name_or_path {path}"
-    classes = (ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler)
-    configs = {}
-    try:
-        name = "model_index.json"
-        index = DiffusionPipeline.load_config(path, **hub_kwargs)
-        if index.get("_class_name") not in ("ZImagePipeline", None):
-            raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
-        for name, cls in zip(("transformer", "vae", "scheduler"), classes, strict=True):
-            configs[name] = cls.load_config(path, subfolder=name, **hub_kwargs)
-            if configs[name].get("_class_name") != cls.__name__:
-                raise UserError(f"{flag}: its {name} is a {configs[name].get('_class_name')}, not a {cls.__name__}")
-        name = "text_encoder"
-        text_config = transformers.AutoConfig.from_pretrained(path, subfolder=name, **hub_kwargs)
-        if not text_config.model_type.startswith("qwen"):
-            raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
-        name = "tokenizer"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=name, **hub_kwargs)
-        if not tokenizer.chat_template:
-            raise UserError(f"{flag}: its tokenizer has no chat template")
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(f"{flag} is not a complete Z-Image pipeline: its {name}: {first_line(error)}") from None
-    for name in ("transformer", "vae", "text_encoder"):
-        if Path(path).is_dir() and not [*Path(path, name).glob("*.safetensors"), *Path(path, name).glob("*.bin")]:
-            raise UserError(f"{flag}: its {name} has no weights")
-    if "text_encoder" not in index or "tokenizer" not in index:
-        raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
-    transformer, vae = configs["transformer"], configs["vae"]
-    if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
-        raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
-    longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
-    for height, width in list_buckets(args) or [(round_size(args.resolution),) * 2]:
-        if height > longest[0] or width > longest[1]:
-            size = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
-            raise UserError(f"--{size}: this model draws at most {longest[0]} x {longest[1]} pixels")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
-    if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
-        raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
-    return Model(
-        path,
-        {**hub_kwargs, "variant": args.variant},
-        transformer,
-        vae,
-        text_config,
-        scheduler,
-        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-        latent_channels=vae["latent_channels"],
-        identity={name: component_identity(path, name, args) for name in ("text_encoder", "vae")},
-    )
-
-
-def component_identity(path, name, args):
-    """What tells one version of a component from another: its files' sizes and dates, or the revision on the Hub."""
-    if not Path(path).is_dir():
-        config = DiffusionPipeline.load_config(
-            path, revision=args.revision, cache_dir=args.cache_dir, return_commit_hash=True
-        )
-        return [path, config[-1], args.variant]
-    folders = [name, "tokenizer"] if name == "text_encoder" else [name]
-    files = [file for folder in folders for file in sorted(Path(path, folder).rglob("*")) if file.is_file()]
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-class EncodingCache:
-    """Tensors on disk, each in a file named after everything it was computed from. `folder` None: no cache."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder) if folder else None
-
-    def file(self, key):
-        return self.folder / f"{digest_of(key)}.safetensors"
-
-    def get(self, key):
-        """The tensor, or None where there is none or its file is damaged."""
-        if self.folder is None or not (path := self.file(key)).is_file():
-            return None
-        try:
-            return load_file(path)["encoding"]
-        except Exception as error:  # whatever is wrong with the file, its content is made anew
-            logger.warning(f"--encoding_cache_dir: {path} is damaged and made anew ({first_line(error)})")
-            return None
-
-    def put(self, key, tensor):
-        """Write beside and rename, so that runs that share the folder never see half a file."""
-        if self.folder is not None:
-            path = self.file(key)
-            beside = path.with_suffix(f".{os.getpid()}")
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({"encoding": tensor.contiguous()}, beside)
-                put_in_place(beside, path)
-            except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
-                logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
-
-
-def put_in_place(beside, path):
-    """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(beside, 0o666 & ~umask)
-    os.replace(beside, path)
-
-
-def end_stage():
-    """Give the memory of deleted models back to the device and to the system: the C library keeps some of it."""
-    free_memory()
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # of glibc alone
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def digest_of(value):
-    """A digest of anything whose repr says all of it."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
-
-
-def encode_prompts(prompts, run):
-    """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
-
-    The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
-    alone and at its own length: padding is masked there, and would only cost time. Raises UserError.
+    examples, buckets: {"instance": [...], "class": [...], "held-out": [...]}; prompt_embeds: {prompt: [L, D]};
+    sigmas: [1000], ascending; latents: {(kind, index, flip): [C, h, w]} of those that are cached.
     """
-    args, accelerator = run.args, run.accelerator
-    cache = EncodingCache(args.encoding_cache_dir)
-    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
-    longest = run.model.longest_prompt(args)
-    settings = ("prompt", run.model.identity["text_encoder"], longest, str(dtype))
-    # One process looks into the cache for all: another run may be adding to it.
-    embeds = accelerator.is_main_process and {prompt: cache.get((*settings, prompt)) for prompt in prompts}
-    embeds = broadcast_object_list([embeds])[0]
-    missing = [prompt for prompt, embed in embeds.items() if embed is None]
-    if not missing:
-        return embeds
-    pipeline = load_text_pipeline(run.model, dtype)
-    text_encoder = pipeline.text_encoder.requires_grad_(False)
-    if args.fsdp_text_encoder:
-        text_encoder.rotary_emb.to(accelerator.device)
-        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
-        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), accelerator)
-    elif args.offload:
-        accelerate.cpu_offload(text_encoder, accelerator.device)  # each layer visits the device by itself
-    else:
-        text_encoder.to(accelerator.device)
-    encoded = []
-    with torch.no_grad():
-        for prompt in missing if args.fsdp_text_encoder else run.share(missing):
-            length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
-            embed = pipeline.encode_prompt(
-                [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
-            )[0][0].to("cpu", copy=True)
-            cache.put((*settings, prompt), embed)
-            encoded.append((prompt, embed))
-    embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
-    del pipeline, text_encoder
-    end_stage()
-    return embeds
 
+    def __init__(self, examples, buckets, prompt_embeds, sigmas, run):
+        self.examples, self.buckets, self.prompt_embeds, self.sigmas = examples, buckets, prompt_embeds, sigmas
+        self.model, self.args, self.seed = run.model, run.args, run.seed
+        self.latents = {}
 
-def load_text_pipeline(model, dtype):
-    """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
-    try:
-        text_encoder, loaded = transformers.AutoModel.from_pretrained(
-            model.path, subfolder="text_encoder", dtype=dtype, output_loading_info=True, **model.hub_kwargs
+    def pixels(self, kind, index, flip, *draw):
+        """An example's picture as [3, H, W] in [-1, 1], its crop a function of `draw`."""
+        generator = seeded_generator("crop", *draw)
+        centered = self.args.center_crop or kind == "held-out"
+        crop = (0.5, 0.5) if centered else torch.rand(2, generator=generator).tolist()
+        example = self.examples[kind][index]
+        return fit_to_bucket(decode_image(example.name, example.source), self.buckets[kind][index], crop, flip)
+
+    def __getitem__(self, sample):
+        item = {"sample": sample, "prompt_embeds": self.prompt_embeds[sample.prompt]}
+        if self.args.cache_latents:
+            item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
+        else:
+            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, self.seed, sample.kind, sample.number)
+        generator = seeded_generator(self.seed, "objective", sample.kind, sample.number)
+        item["sigmas"] = sample_sigmas(self.sigmas, self.args, generator)
+        item["noise"] = torch.randn(
+            self.model.latent_shape(self.buckets[sample.kind][sample.index]), generator=generator
         )
-        if loaded["missing_keys"]:  # transformers fills them with random numbers
-            raise ValueError(f"its file lacks {len(loaded['missing_keys'])} of the weights")
-        return ZImagePipeline.from_pretrained(
-            model.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, **model.hub_kwargs
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{model.path}: its text_encoder cannot be loaded: {first_line(error)}") from None
+        return item
 
 
-def count_tokens(tokenizer, prompt, limit):
-    """Length of the prompt in the chat template; warns where `--max_sequence_length` will cut it."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    tokens = tokenizer(text).input_ids
-    if len(tokens) > limit:
-        logger.warning(
-            f"--max_sequence_length {limit} cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}... "
-            f"ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}"
-        )
-    return len(tokens)
+def collate(items):
+    """A micro-batch: tensors stacked to [B, ...], the prompt embeddings (of different lengths) as a list."""
+    batch = {key: [item[key] for item in items] for key in items[0]}
+    batch["weights"] = [torch.tensor(sample.weight) for sample in batch.pop("sample")]
+    return {key: values if key == "prompt_embeds" else torch.stack(values) for key, values in batch.items()}
 
 
-def warn_of_cut_prompts(examples, run):
-    """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
-    tokenizer = run.model.load(transformers.AutoTokenizer, "tokenizer")
-    for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
-        count_tokens(tokenizer, prompt, run.model.longest_prompt(run.args))
+def tie_to_main(worker):
+    """Ctrl-C and some clusters signal every process: the main one decides. A worker ends with it, however early."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    send_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed before that
+        os._exit(1)
 
 
-def load_vae(run):
-    """The frozen VAE, in float32: it loses detail in half precision. With `--offload` it waits in host memory."""
-    vae = run.model.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
-    return vae.to("cpu" if run.args.offload else run.accelerator.device)
-
-
-@torch.no_grad()
-def encode_images(vae, pixels, run):
-    """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
-
-    One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
-    """
-    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.to(run.accelerator.device).split(1)])
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def decode_latents(vae, latents, run):
-    """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
-    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
-
-
-def cache_latents(dataset, kinds, run):
-    """{(kind, index, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
-    cache = EncodingCache(run.args.encoding_cache_dir)
-    numbered = [(kind, index) for kind in kinds for index in range(len(dataset.examples[kind]))]
-    vae, encoded = None, []
-    for kind, index in run.share(numbered):
-        example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
-        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: runs can share latents
-        crop = "center" if run.args.center_crop or kind == "held-out" else "drawn"
-        for flip in (False, True) if run.args.random_flip and kind != "held-out" else (False,):
-            key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
-            latents = cache.get(key)
-            if latents is None:
-                vae = vae or load_vae(run)
-                pixels = dataset.pixels(kind, index, flip, content)
-                latents = encode_images(vae, pixels[None], run)[0].cpu()
-                cache.put(key, latents)
-            encoded.append(((kind, index, flip), latents))
-    del vae
-    end_stage()
-    return dict(gather_object(encoded))
-
-
-def generate_class_images(missing, prompt_embeds, run):
-    """Draw `missing` pictures of `--class_prompt` into the class folder, shared out among the processes."""
-    args, folder = run.args, Path(run.args.class_data_dir)
-    precision = args.prior_generation_precision or run.accelerator.mixed_precision
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
-    run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
-    mine = run.share(free[:missing])
-    batches = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
-    vae = load_vae(run)
-    for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
-        generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
-        images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
-        for number, image in zip(numbers, images, strict=True):
-            save_picture(image, class_image_path(folder, number))
-    del transformer, vae
-    end_stage()
-    run.accelerator.wait_for_everyone()
-
-
-def save_picture(image, path):
-    """Write a PNG, whole or not at all."""
-    beside = path.with_suffix(".part")
-    image.save(beside, format="PNG")
-    os.replace(beside, path)
-
-
-def class_image_path(folder, number):
-    """The file of a generated class picture."""
-    return folder / f"class-{number:05d}.png"
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing and validation
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
@@ -1304,409 +1976,297 @@ def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
     return pipeline.image_processor.postprocess(decode_latents(vae, latents, run))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer and LoRA
-# ---------------------------------------------------------------------------------------------------------------------
+def class_image_path(folder, number):
+    """The file of a generated class picture."""
+    return folder / f"class-{number:05d}.png"
 
 
-def resolve_lora_layers(names, config):
-    """The linear layers that `--lora_layers` means: {requested name: {module path: in + out}}. Raises UserError.
-
-    A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
-    (`ff.net.0.proj`, `ff.net.2`) mean this model's.
-    """
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(config)
-    linear = {
-        n: m.in_features + m.out_features for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
-    }
-    resolved = {}
-    for requested in filter(None, (name.strip() for name in names.split(","))):
-        own = [requested]
-        for foreign, ours in {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}.items():
-            if requested == foreign or requested.endswith("." + foreign):
-                own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
-                logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
-        resolved[requested] = {path: linear[path] for path in linear if any(names_module(n, path) for n in own)}
-        if not resolved[requested]:
-            known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
-            near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "try to_q, to_k, to_v, to_out.0 or feed_forward.w1"
-            raise UserError(f"--lora_layers: {requested!r} matches no linear layer of the transformer: {hint}")
-    if not resolved:
-        raise UserError("--lora_layers is empty: try to_k,to_q,to_v,to_out.0")
-    return resolved
+def generate_class_images(missing, prompt_embeds, run):
+    """Draw `missing` pictures of `--class_prompt` into the class folder, shared out among the processes."""
+    args, folder = run.args, Path(run.args.class_data_dir)
+    precision = args.prior_generation_precision or run.accelerator.mixed_precision
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
+    run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
+    mine = run.share(free[:missing])
+    batches = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
+    vae = load_vae(run)
+    for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
+        generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
+        images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
+        for number, image in zip(numbers, images, strict=True):
+            save_picture(image, class_image_path(folder, number))
+    del transformer, vae
+    end_stage()
+    run.accelerator.wait_for_everyone()
 
 
-def names_module(name, path):
-    """Whether `name` means the module at `path`: `to_q`, `layers.0.attention.to_q`, `layers.0.to_q` or `layers.0`."""
-    if f".{name}." in f".{path}.":
-        return True
-    parts = name.split(".")
-    return any(
-        path.startswith(".".join(parts[:i]) + ".") and path.endswith("." + ".".join(parts[i:]))
-        for i in range(1, len(parts))
-    )
-
-
-def quantization_config(run):
-    """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
-    path = run.args.bnb_quantization_config_path
-    if not path:
-        return None
+@contextlib.contextmanager
+def borrowed(transformer):
+    """The transformer as it will be used: in eval mode, uncompiled, without `--base_adapter`; afterwards as before."""
+    layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
+    scales = [layer.scaling["base"] for layer in layers]
+    transformer.eval()
+    for layer in layers:
+        layer.scaling["base"] = 0.0
     try:
-        settings = json.loads(read_text(Path(path)))
-        known = inspect.signature(BitsAndBytesConfig.__init__).parameters
-        if unknown := settings.keys() - known:
-            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-        if [settings.get("load_in_4bit", False), settings.get("load_in_8bit", False)].count(True) != 1:
-            raise ValueError("set one of load_in_4bit and load_in_8bit to true")
-        if settings.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
-            raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
-        if settings.get("load_in_4bit"):
-            settings["bnb_4bit_compute_dtype"] = run.weight_dtype
-        config = BitsAndBytesConfig(**settings)
-        if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
-            raise ValueError(
-                "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
-            )
-        DiffusersAutoQuantizer.from_config(config).validate_environment()
-        return config
-    except UserError as error:
-        raise UserError(f"--bnb_quantization_config_path: {error}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise UserError(f"--bnb_quantization_config_path {path}: {first_line(error)}") from None
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes than training's
+            yield
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.scaling["base"] = scale
+        transformer.train()
 
 
-FLOAT8 = torch.float8_e4m3fn
+@contextlib.contextmanager
+def drawing_transformer(transformer, model, run):
+    """The transformer that draws: the one in training, or that of another `model` wearing the same LoRA.
 
-
-def quantize_rows(matrix):
-    """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
-    scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (matrix / scale).to(FLOAT8, memory_format=torch.contiguous_format), scale
-
-
-class Float8Product(torch.autograd.Function):
-    """`x @ weight.T` with both products in float8: the forward one, and that of the gradient with respect to `x`.
-
-    The gradient sums over the output channels, each of which has a scale of its own, so those scales go into the
-    gradient before it is quantized. One set of float8 weights serves both; only while the backward pass runs there is
-    a transposed copy of one layer's, because tensor cores want the summed dimension contiguous.
+    The two are on the device by turns.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, out_dtype):
-        ctx.save_for_backward(weight, scale)
-        ctx.x_dtype = x.dtype
-        rows, row_scale = quantize_rows(x)
-        product = torch._scaled_mm(
-            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        return product.to(out_dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
-        rows, row_scale = quantize_rows(grad * scale.t())
-        columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
-        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return product.to(ctx.x_dtype), None, None, None
+    if model is run.model:
+        with borrowed(transformer):
+            yield transformer
+        return
+    device = run.accelerator.device
+    transformer.to("cpu")
+    drawing = model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
+    with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
+        drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
+    set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
+    drawing.to(device).eval()
+    with torch.no_grad():
+        yield drawing
+    del drawing
+    end_stage()
+    transformer.to(device)
 
 
-class FrozenFloat8Linear(torch.nn.Linear):
-    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other.
-
-    The float8 numbers are kept as bytes, which every communication library can send.
-    """
-
-    compute_dtype = torch.float32  # PEFT makes adapters in this type
-
-    def __init__(self, linear, device):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight, scale = quantize_rows(linear.weight.detach().to(device))
-        self.weight = torch.nn.Parameter(weight.view(torch.uint8), requires_grad=False)
-        self.scale = torch.nn.Parameter(scale, requires_grad=False)
-
-    def forward(self, x):
-        device = x.device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        product = Float8Product.apply(x.flatten(0, -2), self.weight.view(FLOAT8), self.scale, out_dtype)
-        return product.unflatten(0, x.shape[:-1])
-
-
-def quantize_to_float8(transformer, device):
-    """Replace the attention and feed-forward layers of every block, one at a time, by float8 ones on `device`.
-
-    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its precision.
-    """
-    for block in transformer_blocks(transformer):
-        for name, module in list(block.named_modules()):
-            if isinstance(module, torch.nn.Linear) and module.bias is None:  # all but the modulation
-                block.set_submodule(name, FrozenFloat8Linear(module, device))
+def log_picture(tracker, prompt, text, picture, step):
+    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
+    key = f"validation/prompt-{prompt}"  # some make a file's name of it
+    label = f"validation/{prompt}: {text[:60]}"
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({label: picture}, step=step, dataformats="HWC")
+        case "clearml":
+            tracker.log_images({label: picture}, step=step)
+        case "aim":
+            tracker.log_images({key: (picture, text)}, step=step)
+        case "wandb" | "swanlab" | "trackio":
+            image = importlib.import_module(tracker.name).Image
+            tracker.log({key: image(picture, caption=text)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(picture, name=label, step=step)
+        case "mlflow":
+            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
+        case "dvclive":
+            tracker.tracker.log_image(f"{key}/{step}.png", picture)
 
 
-def transformer_blocks(transformer):
-    """All transformer blocks, in the order in which they run."""
-    return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
+def wrap_text(text, font, width, max_lines=4):
+    """Lines of `text` that are at most `width` pixels wide, broken at spaces and between Chinese characters."""
+    lines = [""]
+    for piece in re.findall(r"\s+|[\u2e80-\uffef][,.:;!?\u3001-\u3011\uff00-\uff1f]*|[^\s\u2e80-\uffef]+", text[:500]):
+        if lines[-1] and font.getlength(lines[-1] + piece) > width:
+            lines.append("")
+            piece = piece.lstrip()
+        for character in piece:  # a word can be longer than a line
+            if font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines[max_lines - 1 :] = [last.rstrip() + "..."]
+    return [line.rstrip() for line in lines]
 
 
-def load_transformer(run):
-    """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
-    args, device = run.args, run.accelerator.device
-    quantization = quantization_config(run)
-    kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
-    transformer.requires_grad_(False)
-    if args.do_fp8_training:
-        quantize_to_float8(transformer, device)
-    if not quantization and not run.sharded:
-        transformer.to(device)
-    if args.attention_backend or args.enable_npu_flash_attention:
-        transformer.set_attention_backend(args.attention_backend or "_native_npu")
-    if run.recomputed_share:
-        reentrant = not (run.compiled or run.sharded)
-        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=run.offloads)
-    return transformer
+def missing_glyphs(font, text):
+    """The characters of `text` for which a font has no picture."""
+    absent = bytes(font.getmask("\uffff"))
+    return {character for character in text if not character.isspace() and bytes(font.getmask(character)) == absent}
 
 
-def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
-    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass.
+def caption_font(size, text):
+    """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
+    fonts = [ImageFont.load_default(size)]
+    for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
+        for pattern in ("*Sans*CJK*Regular*", "*CJK*", "wqy*", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
+            for path in sorted(Path(folder).rglob(pattern + ".[ot]t[cf]")):
+                if missing_glyphs(fonts[-1], text):
+                    with contextlib.suppress(OSError):
+                        fonts.append(ImageFont.truetype(str(path), size))
+    return min(fonts, key=lambda font: len(missing_glyphs(font, text)))
 
-    `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
-    hooks want that graph, and compiled blocks would be compiled without it as well. With `on_host` the inputs wait in
-    host memory.
-    """
-    recomputed = {
-        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
+
+def save_sheet(rows, row_labels, column_labels, path):
+    """Save pictures as a labelled grid: large ones at 256 pixels, small ones enlarged until labels can be read."""
+    size = max(rows[0][0].size)
+    side = min(256, size * math.ceil(128 / size))
+    resample = Image.Resampling.NEAREST if side > size else Image.Resampling.BICUBIC
+    font = caption_font(max(11, side // 14), "".join(column_labels))
+    labels = [" ".join(label.split()) or "(empty)" for label in column_labels]
+    unreadable = [2 * len(missing_glyphs(font, label)) > len(set(label)) for label in labels]
+    if any(unreadable):  # no font here has these characters: numbers then, and the prompts in a text beside
+        path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
+    labels = [f"prompt {n} (see prompts.txt)" if unreadable[n] else label for n, label in enumerate(labels)]
+    margin, line = round(max(map(font.getlength, row_labels)) + font.size), round(1.3 * font.size)
+    lines = [wrap_text(label, font, side - font.size // 2) for label in labels]
+    top = line * max(map(len, lines)) + line // 2
+    sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, wrapped in enumerate(lines):
+        for number, text in enumerate(wrapped):
+            draw.text((margin + column * side + 2, number * line), text, "black", font)
+    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        draw.text((2, top + row * side + side // 2), label, "black", font)
+        for column, image in enumerate(images):
+            sheet.paste(ImageOps.contain(image, (side, side), resample), (margin + column * side, top + row * side))
+    save_picture(sheet, path)
+
+
+def thumbnail(file):
+    """A saved picture at no more than the size that it has in a sheet."""
+    with Image.open(file) as image:
+        image.load()
+    image.thumbnail((256, 256))
+    return image
+
+
+def save_contact_sheet(folder, prompts):
+    """Save the first picture of every prompt at every validation so far: steps down, prompts across."""
+    steps = sorted({path.name[5:11] for path in folder.glob("step-*-prompt-0-image-0.png")})
+    rows = {
+        f"step {int(step)}": [folder / f"step-{step}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
+        for step in steps
     }
-
-    def run_block(block, hidden_states, *inputs):
-        if block not in recomputed:
-            return block(hidden_states, *inputs)
-        hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
-        with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
-            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant)
-
-    transformer.enable_gradient_checkpointing(run_block)
+    rows = {label: files for label, files in rows.items() if all(file.is_file() for file in files)}
+    images = [[thumbnail(file) for file in files] for files in rows.values()]
+    save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
 
 
-class RealRopeEmbedder(RopeEmbedder):
-    """The rotary embedding as pairs of cosine and sine, [tokens, head_dim / 2, 2], in place of complex numbers."""
-
-    def __call__(self, ids):
-        return torch.view_as_real(super().__call__(ids))
-
-
-def rotate_pairs(x, rotation):
-    """Turn each pair of channels of x [B, tokens, heads, head_dim] by rotation [B, tokens, head_dim / 2, 2]."""
-    cos, sin = rotation.unsqueeze(2).unbind(-1)
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
-
-
-class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
-    """diffusers' attention of Z-Image with that embedding."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query, key = rotate_pairs(attn.norm_q(query), freqs_cis), rotate_pairs(attn.norm_k(key), freqs_cis)
-        mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        output = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
-        return attn.to_out[0](output.flatten(2, 3).type_as(query))
+def save_validation_images(images, prompts, step, run):
+    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; gives the files."""
+    folder = Path(run.args.output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
+    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in sorted(images)}
+    for job, file in files.items():
+        save_picture(images[job], file)
+    rows = [
+        [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
+    ]
+    save_sheet(rows, [f"#{number}" for number in range(len(rows))], prompts, folder / f"sheet-{step:06d}.png")
+    if kind == "step":
+        save_contact_sheet(folder, prompts)
+    for prompt, text in enumerate(prompts):
+        side_by_side = torch.cat([picture_tensor(row[prompt]) for row in rows], dim=1).numpy()
+        for tracker in run.accelerator.trackers:
+            log_picture(tracker, prompt, text, side_by_side, step)
+    return list(files.values())
 
 
-def compile_blocks(transformer):
-    """Compile the repeated block, not the model: Inductor fuses it whole once complex numbers are out of it."""
-    rope = transformer.rope_embedder
-    transformer.rope_embedder = RealRopeEmbedder(rope.theta, rope.axes_dims, rope.axes_lens)
-    # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit of 8.
-    torch._dynamo.config.recompile_limit = 64
-    for block in transformer_blocks(transformer):
-        backend = block.attention.processor._attention_backend
-        block.attention.set_processor(RealRopeAttnProcessor())
-        block.attention.processor._attention_backend = backend
-        block.compile(fullgraph=True)
+def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
+    """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
 
-
-def shard(modules, accelerator, ignored=()):
-    """Spread the parameters of modules, inner ones first, over the processes as accelerate's FSDP section says.
-
-    `ignored` parameters stay whole on every process.
+    Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
+    Picture i of a prompt has the same noise at every validation. Gives the pictures' files, on the main process.
     """
-    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
-    options = {
-        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
-        "reshard_after_forward": plugin.reshard_after_forward,
-        "ignored_params": set(ignored),
-    }
-    for parameter in ignored:
-        parameter.data = parameter.data.to(accelerator.device)
-    for module in modules:
-        fully_shard(module, **options)
+    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
+    vae, drawn, model = load_vae(run), [], validation_model(run)
+    with drawing_transformer(transformer, model, run) as drawing:
+        for prompt, number in jobs if run.sharded else run.share(jobs):
+            generator = seeded_generator(run.seed, "validation", number)
+            drawing_run = dataclasses.replace(run, model=model)
+            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
+            drawn.append(((prompt, number), image))
+    del vae
+    end_stage()
+    images = dict(drawn if run.sharded else gather_object(drawn))
+    if not run.accelerator.is_main_process:
+        return []
+    with training_goes_on("The pictures"):
+        return save_validation_images(images, prompts, step, run)
+    return []
 
 
-def add_lora(transformer, targets, run):
-    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Gives its parameters."""
-    args = run.args
-    torch.manual_seed(run.seed)
-    transformer.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=sorted({path for paths in targets.values() for path in paths}),
-        )
-    )
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
-        parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
-    leave_inputs_alone(transformer)
-    return parameters
+HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
 
 
-def leave_inputs_alone(transformer):
-    """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+def held_out_loss(transformer, dataset, run):
+    """The flow-matching loss on the held-out pictures: {"": mean, "_low": ..., "_middle": ..., "_high": ...}.
+
+    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
+    a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
+    """
+    pictures, losses = len(dataset.examples["held-out"]), []
+    jobs = [(k, j) for k in range(pictures) for j in range(HELD_OUT_LEVELS)]
+    for k, j in jobs if run.sharded else run.share(jobs):
+        level = (j + (k + 0.5) / pictures) / HELD_OUT_LEVELS
+        latents = dataset.latents["held-out", k, False]
+        noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
+        batch = {
+            "latents": latents[None],
+            "noise": noise[None],
+            "sigmas": dataset.sigmas[int(level * len(dataset.sigmas))][None],
+            "weights": torch.ones(1),
+            "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][k].caption]],
+        }
+        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
+    losses = losses if run.sharded else gather_object(losses)
+    third = HELD_OUT_LEVELS // 3
+    low, middle, high = (range(start, start + third) for start in (0, third, 2 * third))
+    bands = {"": range(HELD_OUT_LEVELS), "_low": low, "_middle": middle, "_high": high}
+    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
 
 
-def read_base_adapter(args):
-    """The tensors, metadata and weight of `--base_adapter`. Raises UserError."""
-    path, _, weight = args.base_adapter.rpartition(":")
-    try:
-        weight = float(weight)
-    except ValueError:
-        path, weight = args.base_adapter, 1.0
-    try:
-        state, metadata = ZImagePipeline.lora_state_dict(path, cache_dir=args.cache_dir, return_lora_metadata=True)
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
-    state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
-    return state, metadata, weight
+class Validation:
+    """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
 
+    def __init__(self, transformer, dataset, checkpoint, run):
+        self.transformer, self.dataset, self.run = transformer, dataset, run
+        self.history = checkpoint.manifest["held_out"] if checkpoint else []  # [[held-out loss, step]]
+        self.base = None  # held-out losses of the untrained model
+        if "held-out" in dataset.examples:
+            with borrowed(transformer):
+                transformer.disable_adapters()
+                self.base = held_out_loss(transformer, dataset, run)
+                transformer.enable_adapters()
+            freeze_base_adapter(transformer)
 
-def wear_base_adapter(transformer, args):
-    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
-    state, metadata, weight = read_base_adapter(args)
-    try:
-        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(
-            f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA: {first_line(error)}"
-        ) from None
-    transformer.set_adapters(["default", "base"], [1.0, weight])
-    freeze_base_adapter(transformer)
-    leave_inputs_alone(transformer)
+    def __call__(self, step, final=False):
+        """Validate at `step`; gives the files of the pictures."""
+        if self.base is not None:
+            with borrowed(self.transformer):
+                losses = held_out_loss(self.transformer, self.dataset, self.run)
+            metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
+            metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
+            self.run.accelerator.log(metrics, step=step)
+            logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
+            self.history.append([losses[""], step])
+            if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
+                with training_goes_on("best/"):
+                    save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
+        prompts = validation_prompts(self.run.args, final)
+        if not prompts:
+            return []
+        return draw_validation_images(self.transformer, prompts, step, self.dataset.prompt_embeds, self.run)
 
-
-def freeze_base_adapter(transformer):
-    """PEFT makes every active adapter trainable: not this one."""
-    for name, parameter in transformer.named_parameters():
-        if ".base." in name:
-            parameter.requires_grad_(False)
-
-
-def lora_metadata(transformer):
-    """The adapter's settings as diffusers stores them in the file: those that every version of PEFT knows."""
-    config = transformer.peft_config["default"]
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,  # of training alone: diffusers would go on dropping when it draws
-        "target_modules": sorted(config.target_modules),
-    }
-
-
-def save_lora(transformer, folder, dtype):
-    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all."""
-    state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
-    ZImagePipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=state,
-        weight_name=f".{LORA_FILE}",
-        transformer_lora_adapter_metadata=lora_metadata(transformer),
-    )
-    put_in_place(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
-    return state
-
-
-def load_lora(transformer, folder):
-    """Load what `save_lora` wrote into the adapter. Raises UserError where it belongs to another model."""
-    state = {k.removeprefix("transformer."): v for k, v in load_file(Path(folder, LORA_FILE)).items()}
-    expected = get_peft_model_state_dict(transformer)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        raise UserError(f"{folder}: its LoRA does not fit this model, --rank and --lora_layers")
-    set_peft_model_state_dict(transformer, state)
+    def summary(self):
+        """What was learned, in numbers, as a line; nothing without held-out pictures."""
+        if self.base is None:
+            return ""
+        best, step = min(self.history)
+        last = self.history[-1][0]
+        return f"Held-out loss: {self.base['']:.4f} before, {last:.4f} after; the lowest, {best:.4f}, at step {step}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objective
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def training_sigmas(scheduler, shift=None):
-    """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
-    if shift is None:
-        return scheduler.sigmas.flip(0)
-    steps = scheduler.config.num_train_timesteps
-    sigmas = torch.arange(1, steps + 1) / steps
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def sample_sigmas(sigmas, args, generator):
-    """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
-    u = compute_density_for_timestep_sampling(
-        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-    )
-    return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
-
-
-def predict_velocity(transformer, latents, sigmas, prompt_embeds, dtype):
-    """The model's velocity d x_sigma / d sigma, [B, C, h, w] float32: its calling convention lives here alone.
-
-    latents [B, C, h, w]; sigmas [B]; prompt_embeds: B of [L, D]. The model takes lists, a frame axis and time that
-    runs from noise (0) to data (1), and gives the negated velocity, as in `ZImagePipeline.__call__`.
-    """
-    output = transformer(
-        list(latents.to(dtype).unsqueeze(2).unbind(0)),
-        (1000 - sigmas * 1000) / 1000,
-        prompt_embeds,
-        return_dict=False,
-    )[0]
-    return -torch.stack(output).squeeze(2).float()
-
-
-def flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme):
-    """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
-
-    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
-    """
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    return weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
-
-
-def training_loss(transformer, vae, batch, weighting_scheme, run):
-    """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
-    to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
-    noise, sigmas, weights = (to_device(batch[name]) for name in ("noise", "sigmas", "weights"))
-    latents = to_device(batch["latents"]) if "latents" in batch else encode_images(vae, batch["pixels"], run)
-    level = sigmas[:, None, None, None]
-    noisy_latents = (1 - level) * latents + level * noise
-    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch["prompt_embeds"]]
-    with run.accelerator.autocast():
-        velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
-    return (weights * losses).sum()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimization and checkpoints
+# Optimizer and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1783,6 +2343,25 @@ class Checkpoint(NamedTuple):
     manifest: dict
 
 
+def optimizer_state(optimizer):
+    """What the optimizer keeps for each parameter: {"index/key": tensor on the CPU}, {"index/key": number}."""
+    tensors, numbers = {}, {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value):  # bitsandbytes shares some between parameters, which a file cannot
+                tensors[f"{index}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                numbers[f"{index}/{key}"] = value
+    return tensors, numbers
+
+
+def list_checkpoints(output_dir):
+    """Folders named `checkpoint-N`, newest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
 def save_checkpoint(step, transformer, optimizer, manifest, args):
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
 
@@ -1819,53 +2398,6 @@ def save_checkpoint(step, transformer, optimizer, manifest, args):
         except OSError as error:
             logger.warning(f"{path} could not be removed ({first_line(error)})")
     logger.info(f"Saved {final}")
-
-
-def optimizer_state(optimizer):
-    """What the optimizer keeps for each parameter: {"index/key": tensor on the CPU}, {"index/key": number}."""
-    tensors, numbers = {}, {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value):  # bitsandbytes shares some between parameters, which a file cannot
-                tensors[f"{index}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                numbers[f"{index}/{key}"] = value
-    return tensors, numbers
-
-
-def write_json(path, value):
-    """Write JSON as UTF-8."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def file_digest(path):
-    """BLAKE2 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def flush_to_disk(path):
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_folder(path):
-    """Remove a checkpoint so that it is never seen half removed."""
-    aside = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def list_checkpoints(output_dir):
-    """Folders named `checkpoint-N`, newest first."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def read_checkpoint(path):
@@ -1920,6 +2452,136 @@ def load_checkpoint(checkpoint, transformer, optimizer, learning_rate):
     return checkpoint.manifest["step"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def count_parameters(model):
+    """{part of the pipeline: its number of parameters}."""
+    with torch.device("meta"):
+        text_encoder = transformers.AutoModel.from_config(model.text_config)
+        vae = AutoencoderKL.from_config(model.vae_config)
+        transformer = ZImageTransformer2DModel.from_config(model.transformer_config)
+    linear = [m for b in transformer_blocks(transformer) for m in b.modules() if isinstance(m, torch.nn.Linear)]
+    return {
+        "text encoder": sum(p.numel() for p in text_encoder.parameters()),
+        "text layer": max(sum(p.numel() for p in m.parameters(recurse=False)) for m in text_encoder.modules()),
+        "vae": sum(p.numel() for p in vae.parameters()),
+        "transformer": sum(p.numel() for p in transformer.parameters()),
+        "products": sum(m.weight.numel() for m in linear if m.bias is None),  # of attention and feed-forward
+        "modulation": sum(m.weight.numel() for m in linear if m.bias is not None),
+    }
+
+
+def expected_memory(buckets, targets, run):
+    """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
+    args, config = run.args, run.model.transformer_config
+    width, parameters = run.weight_dtype.itemsize, count_parameters(run.model)
+    weights = parameters["transformer"] * width
+    if args.do_fp8_training:
+        weights -= parameters["products"] * (width - 1)
+    elif quantization := quantization_config(run):
+        scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
+        narrow = 0.5 + scales if quantization.load_in_4bit else 1
+        weights -= (parameters["products"] + parameters["modulation"]) * (width - narrow)
+    rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
+    state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
+    adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
+    # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
+    # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
+    kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
+    on_cpu = run.accelerator.device.type == "cpu"
+    if run.compiled:
+        kept *= 0.6  # fused kernels keep less
+    if on_cpu:  # measured at full size and at 1024 channels
+        kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
+    pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
+    tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
+    layers = config["n_layers"] + config["n_refiner_layers"]
+    recomputed = layers * float(run.recomputed_share)
+    in_layers = kept * max(1, layers - recomputed) + (1 if run.offloads else recomputed) * boundary
+    activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
+    encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
+    if not args.cache_latents:  # the VAE encodes before the transformer begins
+        activations = max(activations + (0 if run.offloads else parameters["vae"] * 4), encoding)
+    text_encoder = parameters["text layer" if run.offloads else "text encoder"] * width
+    processes = run.accelerator.num_processes if run.sharded else 1
+    stages = {
+        "text encoder": text_encoder / (processes if args.fsdp_text_encoder else 1),
+        "VAE": encoding,
+        "training": weights / processes + adapter + activations,
+    }
+    if validation_prompts(args) or validation_prompts(args, final=True):
+        stages["pictures"] = weights / processes + adapter + encoding
+    libraries = psutil.Process().memory_info().rss if on_cpu else 0
+    return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
+
+
+def other_flags(buckets, targets, run):
+    """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
+    flags = ["gradient_checkpointing", "cache_latents"]
+    if run.args.optimizer == "adamw":
+        flags.append("use_8bit_adam")
+    if not run.args.bnb_quantization_config_path:
+        flags.append("do_fp8_training")
+    if run.accelerator.device.type != "cpu":
+        flags.append("offload")
+    peaks = {}
+    for flag in flags:
+        given = getattr(run.args, flag)
+        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
+        peak = expected_memory(buckets, targets, other)["training"]
+        peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
+    return peaks
+
+
+def describe_plan(examples, buckets, missing_class_images, targets, schedule, run):
+    """What the run will do, as lines: pictures by size, how much they are scaled and cut, steps, LoRA, memory."""
+    args, lines = run.args, []
+    for kind, kind_examples in examples.items():
+        pairs = list(zip(kind_examples, buckets[kind], strict=True))
+        lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
+        by_bucket = {}
+        for example, bucket in pairs:
+            by_bucket.setdefault(bucket, []).append(example.size)
+        for bucket, sizes in sorted(by_bucket.items()):
+            scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
+            cut = statistics.fmean(
+                1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
+            )
+            lines.append(
+                f"  {len(sizes)} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
+                + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
+                + f", {cut:.0%} cut off on average"
+            )
+        enlarged = [
+            example.name for example, bucket in pairs if example.size[0] < bucket[0] or example.size[1] < bucket[1]
+        ]
+        if enlarged:
+            lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
+        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(kind_examples)]
+    if missing_class_images:
+        lines.append(f"{missing_class_images} class pictures are missing and will be generated")
+    if round_size(args.resolution) != args.resolution:
+        lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
+    epochs = schedule.max_train_steps / schedule.updates_per_epoch
+    lines.append(
+        f"{schedule.max_train_steps} steps of {schedule.total_batch_size} pictures: {epochs:.1f} epochs "
+        f"of {schedule.samples_per_epoch} samples"
+    )
+    for name, paths in targets.items():
+        blocks = Counter(path.split(".")[0] for path in paths)
+        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
+        lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
+    memory = expected_memory(buckets, targets, run)
+    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
+    if args.dry_run:
+        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(buckets, targets, run).items()]
+    return lines
+
+
 # Flags that decide the mathematics of a run, by themselves.
 # fmt: off
 MATHEMATICS = [
@@ -1932,9 +2594,15 @@ MATHEMATICS = [
 ]
 # fmt: on
 
-# Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
-MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
-              "max_grad_norm", "mixed_precision"}  # fmt: skip
+
+def weights_sample(path):
+    """The last bytes of each file of a transformer, which tell models of one shape apart; on the Hub, its name."""
+    sample = []
+    for file in sorted(Path(path, "transformer").glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            weights.seek(max(0, file.stat().st_size - 4096))
+            sample.append(weights.read())
+    return sample or path
 
 
 def fingerprint(examples, buckets, missing_class_images, targets, schedule, run):
@@ -1961,14 +2629,9 @@ def fingerprint(examples, buckets, missing_class_images, targets, schedule, run)
     }
 
 
-def weights_sample(path):
-    """The last bytes of each file of a transformer, which tell models of one shape apart; on the Hub, its name."""
-    sample = []
-    for file in sorted(Path(path, "transformer").glob("*.safetensors")):
-        with open(file, "rb") as weights:
-            weights.seek(max(0, file.stat().st_size - 4096))
-            sample.append(weights.read())
-    return sample or path
+# Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
+MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
+              "max_grad_norm", "mixed_precision"}  # fmt: skip
 
 
 def check_fingerprint(checkpoint, current):
@@ -1990,348 +2653,65 @@ def check_fingerprint(checkpoint, current):
         logger.warning(f"Resuming with a change: {text}")
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGINT while training, so that the step is finished and saved; `number` is 0 until then."""
-
-    def __init__(self):
-        self.number = 0
-
-    def note(self, number, frame):
-        self.number = self.number or number
-        logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
-
-    def __enter__(self):
-        self.previous = {}
-        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
-            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-def follow_launcher():
-    """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
-    if (
-        sys.platform == "linux"
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-        and "TORCHELASTIC_RUN_ID" not in os.environ
-    ):
-        send_when_parent_dies(signal.SIGTERM)
-
-
-def send_when_parent_dies(number):
-    """Have the kernel send this process a signal when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation and publishing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(prompts):
-    """The prompts, files among them read line by line. Raises UserError."""
-    read = []
-    for prompt in prompts:
-        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
-    return read
-
-
-def validation_prompts(args, final=False):
-    """The prompts to draw while training, or at its end."""
-    if final and args.skip_final_inference:
-        return []
-    if final and args.final_validation_prompt:
-        return [args.final_validation_prompt]
-    return args.validation_prompt or []
-
-
-@contextlib.contextmanager
-def borrowed(transformer):
-    """The transformer as it will be used: in eval mode, uncompiled, without `--base_adapter`; afterwards as before."""
-    layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
-    scales = [layer.scaling["base"] for layer in layers]
-    transformer.eval()
-    for layer in layers:
-        layer.scaling["base"] = 0.0
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes than training's
-            yield
-    finally:
-        for layer, scale in zip(layers, scales):
-            layer.scaling["base"] = scale
-        transformer.train()
-
-
-def validation_model(run):
-    """The model that draws: the one in training, or `--validation_model_path` with its scheduler. Raises UserError."""
-    path = run.args.validation_model_path
-    if path is None:
-        return run.model
-    other = dataclasses.replace(run.model, path=path, hub_kwargs={"cache_dir": run.args.cache_dir})
-    try:
-        return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
-    except UserError as error:
-        raise UserError(f"--validation_model_path {error}") from None
-
-
-@contextlib.contextmanager
-def drawing_transformer(transformer, model, run):
-    """The transformer that draws: the one in training, or that of another `model` wearing the same LoRA.
-
-    The two are on the device by turns.
-    """
-    if model is run.model:
-        with borrowed(transformer):
-            yield transformer
+def set_aside_earlier_run(args):
+    """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
+    output_dir = Path(args.output_dir)
+    names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
+    if Path(args.logging_dir).parts and not {"..", Path(args.logging_dir).anchor} & {*Path(args.logging_dir).parts}:
+        names.append(args.logging_dir)  # elsewhere, it can hold the logs of other runs too
+    left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
+    if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
         return
-    device = run.accelerator.device
-    transformer.to("cpu")
-    drawing = model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
-    with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
-        drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
-    set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
-    drawing.to(device).eval()
-    with torch.no_grad():
-        yield drawing
-    del drawing
-    end_stage()
-    transformer.to(device)
+    number = next(n for n in range(1, sys.maxsize) if not (output_dir / f"earlier-run-{n}").exists())
+    folder = output_dir / f"earlier-run-{number}"
+    folder.mkdir()
+    for path in left:
+        path.rename(folder / path.name)
+    logger.warning(
+        f"{output_dir} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
+    )
 
 
-@contextlib.contextmanager
-def training_goes_on(what):
-    """Where something other than the LoRA cannot be written, says so, and no more."""
+def prepare_output(args, checkpoint):
+    """Make the folders that the run writes into, and clear what earlier ones left in the way. Raises UserError."""
+    folders = {"output_dir": Path(args.output_dir)}
+    if args.encoding_cache_dir:
+        folders["encoding_cache_dir"] = Path(args.encoding_cache_dir)
+    if args.report_to != "none":
+        folders["logging_dir"] = Path(args.output_dir, args.logging_dir)
+    for flag, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
+    if not checkpoint:
+        set_aside_earlier_run(args)
+    for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):  # of a process that was killed while it saved
+        for path in Path(args.output_dir).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_finished(args, schedule):
+    """Whether `--output_dir` holds a run that has come to its end; says so."""
+    path = Path(args.output_dir, RUN_FILE)
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        logger.error(f"{what} could not be written ({first_line(error)}): training goes on, make room or mend it")
+        steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is made anew
+        return False
+    if steps < schedule.max_train_steps:
+        return False
+    logger.info(
+        f"{args.output_dir} holds a finished run; its files are left alone. "
+        "To go on from its last checkpoint, raise --max_train_steps"
+    )
+    return True
 
 
-def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
-    """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
-
-    Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation. Gives the pictures' files, on the main process.
-    """
-    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
-    vae, drawn, model = load_vae(run), [], validation_model(run)
-    with drawing_transformer(transformer, model, run) as drawing:
-        for prompt, number in jobs if run.sharded else run.share(jobs):
-            generator = seeded_generator(run.seed, "validation", number)
-            drawing_run = dataclasses.replace(run, model=model)
-            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
-            drawn.append(((prompt, number), image))
-    del vae
-    end_stage()
-    images = dict(drawn if run.sharded else gather_object(drawn))
-    if not run.accelerator.is_main_process:
-        return []
-    with training_goes_on("The pictures"):
-        return save_validation_images(images, prompts, step, run)
-    return []
-
-
-def save_validation_images(images, prompts, step, run):
-    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; gives the files."""
-    folder = Path(run.args.output_dir, "samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
-    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in sorted(images)}
-    for job, file in files.items():
-        save_picture(images[job], file)
-    rows = [
-        [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
-    ]
-    save_sheet(rows, [f"#{number}" for number in range(len(rows))], prompts, folder / f"sheet-{step:06d}.png")
-    if kind == "step":
-        save_contact_sheet(folder, prompts)
-    for prompt, text in enumerate(prompts):
-        side_by_side = torch.cat([picture_tensor(row[prompt]) for row in rows], dim=1).numpy()
-        for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, text, side_by_side, step)
-    return list(files.values())
-
-
-def log_picture(tracker, prompt, text, picture, step):
-    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
-    key = f"validation/prompt-{prompt}"  # some make a file's name of it
-    label = f"validation/{prompt}: {text[:60]}"
-    match tracker.name:
-        case "tensorboard":
-            tracker.log_images({label: picture}, step=step, dataformats="HWC")
-        case "clearml":
-            tracker.log_images({label: picture}, step=step)
-        case "aim":
-            tracker.log_images({key: (picture, text)}, step=step)
-        case "wandb" | "swanlab" | "trackio":
-            image = importlib.import_module(tracker.name).Image
-            tracker.log({key: image(picture, caption=text)}, step=step)
-        case "comet_ml":
-            tracker.tracker.log_image(picture, name=label, step=step)
-        case "mlflow":
-            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
-        case "dvclive":
-            tracker.tracker.log_image(f"{key}/{step}.png", picture)
-
-
-def save_contact_sheet(folder, prompts):
-    """Save the first picture of every prompt at every validation so far: steps down, prompts across."""
-    steps = sorted({path.name[5:11] for path in folder.glob("step-*-prompt-0-image-0.png")})
-    rows = {
-        f"step {int(step)}": [folder / f"step-{step}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
-        for step in steps
-    }
-    rows = {label: files for label, files in rows.items() if all(file.is_file() for file in files)}
-    images = [[thumbnail(file) for file in files] for files in rows.values()]
-    save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
-
-
-def thumbnail(file):
-    """A saved picture at no more than the size that it has in a sheet."""
-    with Image.open(file) as image:
-        image.load()
-    image.thumbnail((256, 256))
-    return image
-
-
-def save_sheet(rows, row_labels, column_labels, path):
-    """Save pictures as a labelled grid: large ones at 256 pixels, small ones enlarged until labels can be read."""
-    size = max(rows[0][0].size)
-    side = min(256, size * math.ceil(128 / size))
-    resample = Image.Resampling.NEAREST if side > size else Image.Resampling.BICUBIC
-    font = caption_font(max(11, side // 14), "".join(column_labels))
-    labels = [" ".join(label.split()) or "(empty)" for label in column_labels]
-    unreadable = [2 * len(missing_glyphs(font, label)) > len(set(label)) for label in labels]
-    if any(unreadable):  # no font here has these characters: numbers then, and the prompts in a text beside
-        path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
-    labels = [f"prompt {n} (see prompts.txt)" if unreadable[n] else label for n, label in enumerate(labels)]
-    margin, line = round(max(map(font.getlength, row_labels)) + font.size), round(1.3 * font.size)
-    lines = [wrap_text(label, font, side - font.size // 2) for label in labels]
-    top = line * max(map(len, lines)) + line // 2
-    sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, wrapped in enumerate(lines):
-        for number, text in enumerate(wrapped):
-            draw.text((margin + column * side + 2, number * line), text, "black", font)
-    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        draw.text((2, top + row * side + side // 2), label, "black", font)
-        for column, image in enumerate(images):
-            sheet.paste(ImageOps.contain(image, (side, side), resample), (margin + column * side, top + row * side))
-    save_picture(sheet, path)
-
-
-def wrap_text(text, font, width, max_lines=4):
-    """Lines of `text` that are at most `width` pixels wide, broken at spaces and between Chinese characters."""
-    lines = [""]
-    for piece in re.findall(r"\s+|[\u2e80-\uffef][,.:;!?\u3001-\u3011\uff00-\uff1f]*|[^\s\u2e80-\uffef]+", text[:500]):
-        if lines[-1] and font.getlength(lines[-1] + piece) > width:
-            lines.append("")
-            piece = piece.lstrip()
-        for character in piece:  # a word can be longer than a line
-            if font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines[max_lines - 1 :] = [last.rstrip() + "..."]
-    return [line.rstrip() for line in lines]
-
-
-def missing_glyphs(font, text):
-    """The characters of `text` for which a font has no picture."""
-    absent = bytes(font.getmask("\uffff"))
-    return {character for character in text if not character.isspace() and bytes(font.getmask(character)) == absent}
-
-
-def caption_font(size, text):
-    """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
-    fonts = [ImageFont.load_default(size)]
-    for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
-        for pattern in ("*Sans*CJK*Regular*", "*CJK*", "wqy*", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
-            for path in sorted(Path(folder).rglob(pattern + ".[ot]t[cf]")):
-                if missing_glyphs(fonts[-1], text):
-                    with contextlib.suppress(OSError):
-                        fonts.append(ImageFont.truetype(str(path), size))
-    return min(fonts, key=lambda font: len(missing_glyphs(font, text)))
-
-
-HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
-
-
-def held_out_loss(transformer, dataset, run):
-    """The flow-matching loss on the held-out pictures: {"": mean, "_low": ..., "_middle": ..., "_high": ...}.
-
-    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
-    a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
-    """
-    pictures, losses = len(dataset.examples["held-out"]), []
-    jobs = [(k, j) for k in range(pictures) for j in range(HELD_OUT_LEVELS)]
-    for k, j in jobs if run.sharded else run.share(jobs):
-        level = (j + (k + 0.5) / pictures) / HELD_OUT_LEVELS
-        latents = dataset.latents["held-out", k, False]
-        noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
-        batch = {
-            "latents": latents[None],
-            "noise": noise[None],
-            "sigmas": dataset.sigmas[int(level * len(dataset.sigmas))][None],
-            "weights": torch.ones(1),
-            "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][k].caption]],
-        }
-        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
-    losses = losses if run.sharded else gather_object(losses)
-    third = HELD_OUT_LEVELS // 3
-    low, middle, high = (range(start, start + third) for start in (0, third, 2 * third))
-    bands = {"": range(HELD_OUT_LEVELS), "_low": low, "_middle": middle, "_high": high}
-    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
-
-
-class Validation:
-    """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
-
-    def __init__(self, transformer, dataset, checkpoint, run):
-        self.transformer, self.dataset, self.run = transformer, dataset, run
-        self.history = checkpoint.manifest["held_out"] if checkpoint else []  # [[held-out loss, step]]
-        self.base = None  # held-out losses of the untrained model
-        if "held-out" in dataset.examples:
-            with borrowed(transformer):
-                transformer.disable_adapters()
-                self.base = held_out_loss(transformer, dataset, run)
-                transformer.enable_adapters()
-            freeze_base_adapter(transformer)
-
-    def __call__(self, step, final=False):
-        """Validate at `step`; gives the files of the pictures."""
-        if self.base is not None:
-            with borrowed(self.transformer):
-                losses = held_out_loss(self.transformer, self.dataset, self.run)
-            metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
-            metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
-            self.run.accelerator.log(metrics, step=step)
-            logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
-            self.history.append([losses[""], step])
-            if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
-                with training_goes_on("best/"):
-                    save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
-        prompts = validation_prompts(self.run.args, final)
-        if not prompts:
-            return []
-        return draw_validation_images(self.transformer, prompts, step, self.dataset.prompt_embeds, self.run)
-
-    def summary(self):
-        """What was learned, in numbers, as a line; nothing without held-out pictures."""
-        if self.base is None:
-            return ""
-        best, step = min(self.history)
-        last = self.history[-1][0]
-        return f"Held-out loss: {self.base['']:.4f} before, {last:.4f} after; the lowest, {best:.4f}, at step {step}."
+# ---------------------------------------------------------------------------------------------------------------------
+# Publishing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def inline_code(text):
@@ -2392,11 +2772,6 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
 
 
-def hub_repository(args):
-    """The repository's name on the Hub, with or without its owner."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
-
-
 def push_to_hub(args, files):
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     from huggingface_hub import HfApi
@@ -2423,299 +2798,29 @@ def push_to_hub(args, files):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# main
+# Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(args):
-    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
-    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher_precision == "fp8":
-        raise UserError(
-            "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
-        )
-    if any(parse_flag_from_env(f"ACCELERATE_USE_{library}") for library in ("DEEPSPEED", "MEGATRON_LM")):
-        raise UserError(
-            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
-        )
-    precision = args.mixed_precision
-    if args.do_fp8_training and precision is None and launcher_precision == "no":
-        precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
-    trackers = list_trackers(args.report_to)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=trackers,
-            # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-            project_config=ProjectConfiguration(
-                args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-            ),
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"--mixed_precision {precision or launcher_precision}: {first_line(error)}") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise UserError("the launcher started several processes, but this machine has no device for each: start one")
-    follow_launcher()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
-    if args.do_fp8_training and accelerator.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(accelerator.device)
-        if capability < (8, 9):
-            raise UserError(
-                f"--do_fp8_training needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}: "
-                "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
-            )
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
-    if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise UserError("the accelerate config asks for FSDP version 1: set fsdp_version: 2 in its fsdp_config")
-    if args.fsdp_text_encoder and not sharded:
-        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
-    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
-        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
-    if args.attention_backend and args.attention_backend not in (names := [b.value for b in AttentionBackendName]):
-        raise UserError(f"--attention_backend {args.attention_backend} is unknown: choose one of {', '.join(names)}")
-    if args.attention_backend:
-        try:
-            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"--attention_backend {args.attention_backend}: {first_line(error)}") from None
-    if accelerator.mixed_precision == "fp16":
-        logger.warning(
-            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
-        )
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for line in ineffective_flags(args):
-        logger.warning(line)
-    return accelerator
+class StopSignal:
+    """Notes SIGTERM and SIGINT while training, so that the step is finished and saved; `number` is 0 until then."""
 
+    def __init__(self):
+        self.number = 0
 
-def list_trackers(report_to):
-    """The trackers of `--report_to` for accelerate, or None. Raises UserError for one that is unknown or missing."""
-    names = [name.strip() for name in report_to.split(",")]
-    if names == ["none"]:
-        return None
-    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(getattr(t, "value", t)) for t in get_available_trackers()]
-    for name in names:
-        if name != "all" and name not in known:
-            raise UserError(f"--report_to {name} is unknown: choose from {', '.join(known)}, all or none")
-        if name != "all" and name not in installed:
-            raise UserError(f"--report_to {name} is not installed: pip install {name}, or give --report_to none")
-    return names
+    def note(self, number, frame):
+        self.number = self.number or number
+        logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
 
+    def __enter__(self):
+        self.previous = {}
+        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
+            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
-def start_trackers(args, accelerator):
-    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
-    if args.hub_token:  # some store the command line, and one asks the kernel for it
-        sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
-        if "swanlab" in map(str, accelerator.log_with):
-            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
-    try:
-        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
-    except Exception as error:  # every tracker raises its own
-        raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
-
-
-def choose_seed(args, checkpoint):
-    """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
-    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
-    if args.seed is not None:
-        return args.seed
-    if checkpoint:
-        return checkpoint.manifest["seed"]
-    logger.info(f"--seed was not given: drew {drawn}")
-    return drawn
-
-
-def describe_plan(examples, buckets, missing_class_images, targets, schedule, run):
-    """What the run will do, as lines: pictures by size, how much they are scaled and cut, steps, LoRA, memory."""
-    args, lines = run.args, []
-    for kind, kind_examples in examples.items():
-        pairs = list(zip(kind_examples, buckets[kind], strict=True))
-        lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
-        by_bucket = {}
-        for example, bucket in pairs:
-            by_bucket.setdefault(bucket, []).append(example.size)
-        for bucket, sizes in sorted(by_bucket.items()):
-            scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
-            cut = statistics.fmean(
-                1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
-            )
-            lines.append(
-                f"  {len(sizes)} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
-                + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
-                + f", {cut:.0%} cut off on average"
-            )
-        enlarged = [
-            example.name for example, bucket in pairs if example.size[0] < bucket[0] or example.size[1] < bucket[1]
-        ]
-        if enlarged:
-            lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
-        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(kind_examples)]
-    if missing_class_images:
-        lines.append(f"{missing_class_images} class pictures are missing and will be generated")
-    if round_size(args.resolution) != args.resolution:
-        lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
-    epochs = schedule.max_train_steps / schedule.updates_per_epoch
-    lines.append(
-        f"{schedule.max_train_steps} steps of {schedule.total_batch_size} pictures: {epochs:.1f} epochs "
-        f"of {schedule.samples_per_epoch} samples"
-    )
-    for name, paths in targets.items():
-        blocks = Counter(path.split(".")[0] for path in paths)
-        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
-        lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
-    memory = expected_memory(buckets, targets, run)
-    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
-    if args.dry_run:
-        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(buckets, targets, run).items()]
-    return lines
-
-
-def other_flags(buckets, targets, run):
-    """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
-    flags = ["gradient_checkpointing", "cache_latents"]
-    if run.args.optimizer == "adamw":
-        flags.append("use_8bit_adam")
-    if not run.args.bnb_quantization_config_path:
-        flags.append("do_fp8_training")
-    if run.accelerator.device.type != "cpu":
-        flags.append("offload")
-    peaks = {}
-    for flag in flags:
-        given = getattr(run.args, flag)
-        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
-        peak = expected_memory(buckets, targets, other)["training"]
-        peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
-    return peaks
-
-
-def find_duplicates(examples):
-    """Pairs of names of picture files with the same bytes; only files of the same size are read."""
-    by_size, seen, pairs = Counter(), {}, []
-    files = [example for example in examples if isinstance(example.source, Path)]
-    by_size.update(example.source.stat().st_size for example in files)
-    for example in files:
-        if by_size[example.source.stat().st_size] > 1:
-            first = seen.setdefault(file_digest(example.source), example.name)
-            if first != example.name:
-                pairs.append((first, example.name))
-    return pairs
-
-
-def expected_memory(buckets, targets, run):
-    """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
-    args, config = run.args, run.model.transformer_config
-    width, parameters = run.weight_dtype.itemsize, count_parameters(run.model)
-    weights = parameters["transformer"] * width
-    if args.do_fp8_training:
-        weights -= parameters["products"] * (width - 1)
-    elif quantization := quantization_config(run):
-        scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
-        narrow = 0.5 + scales if quantization.load_in_4bit else 1
-        weights -= (parameters["products"] + parameters["modulation"]) * (width - narrow)
-    rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
-    state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
-    adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
-    # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
-    # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
-    kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
-    on_cpu = run.accelerator.device.type == "cpu"
-    if run.compiled:
-        kept *= 0.6  # fused kernels keep less
-    if on_cpu:  # measured at full size and at 1024 channels
-        kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
-    pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
-    tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
-    layers = config["n_layers"] + config["n_refiner_layers"]
-    recomputed = layers * float(run.recomputed_share)
-    in_layers = kept * max(1, layers - recomputed) + (1 if run.offloads else recomputed) * boundary
-    activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
-    encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
-    if not args.cache_latents:  # the VAE encodes before the transformer begins
-        activations = max(activations + (0 if run.offloads else parameters["vae"] * 4), encoding)
-    text_encoder = parameters["text layer" if run.offloads else "text encoder"] * width
-    processes = run.accelerator.num_processes if run.sharded else 1
-    stages = {
-        "text encoder": text_encoder / (processes if args.fsdp_text_encoder else 1),
-        "VAE": encoding,
-        "training": weights / processes + adapter + activations,
-    }
-    if validation_prompts(args) or validation_prompts(args, final=True):
-        stages["pictures"] = weights / processes + adapter + encoding
-    libraries = psutil.Process().memory_info().rss if on_cpu else 0
-    return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
-
-
-@functools.cache
-def count_parameters(model):
-    """{part of the pipeline: its number of parameters}."""
-    with torch.device("meta"):
-        text_encoder = transformers.AutoModel.from_config(model.text_config)
-        vae = AutoencoderKL.from_config(model.vae_config)
-        transformer = ZImageTransformer2DModel.from_config(model.transformer_config)
-    linear = [m for b in transformer_blocks(transformer) for m in b.modules() if isinstance(m, torch.nn.Linear)]
-    return {
-        "text encoder": sum(p.numel() for p in text_encoder.parameters()),
-        "text layer": max(sum(p.numel() for p in m.parameters(recurse=False)) for m in text_encoder.modules()),
-        "vae": sum(p.numel() for p in vae.parameters()),
-        "transformer": sum(p.numel() for p in transformer.parameters()),
-        "products": sum(m.weight.numel() for m in linear if m.bias is None),  # of attention and feed-forward
-        "modulation": sum(m.weight.numel() for m in linear if m.bias is not None),
-    }
-
-
-def prepare_output(args, checkpoint):
-    """Make the folders that the run writes into, and clear what earlier ones left in the way. Raises UserError."""
-    folders = {"output_dir": Path(args.output_dir)}
-    if args.encoding_cache_dir:
-        folders["encoding_cache_dir"] = Path(args.encoding_cache_dir)
-    if args.report_to != "none":
-        folders["logging_dir"] = Path(args.output_dir, args.logging_dir)
-    for flag, folder in folders.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
-    if not checkpoint:
-        set_aside_earlier_run(args)
-    for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):  # of a process that was killed while it saved
-        for path in Path(args.output_dir).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside_earlier_run(args):
-    """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
-    output_dir = Path(args.output_dir)
-    names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
-    if Path(args.logging_dir).parts and not {"..", Path(args.logging_dir).anchor} & {*Path(args.logging_dir).parts}:
-        names.append(args.logging_dir)  # elsewhere, it can hold the logs of other runs too
-    left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
-    if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
-        return
-    number = next(n for n in range(1, sys.maxsize) if not (output_dir / f"earlier-run-{n}").exists())
-    folder = output_dir / f"earlier-run-{number}"
-    folder.mkdir()
-    for path in left:
-        path.rename(folder / path.name)
-    logger.warning(
-        f"{output_dir} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
-    )
-
-
-def shows_progress(accelerator):
-    """Whether this process draws progress bars: the main one, at a terminal."""
-    return accelerator.is_main_process and sys.stderr.isatty()
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -2756,15 +2861,6 @@ class Progress:
                 f"step {step}/{last}: {', '.join(f'{name} {value}' for name, value in shown.items())}, "
                 f"{pace:.2f} s a step, {pace * (last - step) / 60:.0f} min left"
             )
-
-
-def tie_to_main(worker):
-    """Ctrl-C and some clusters signal every process: the main one decides. A worker ends with it, however early."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    send_when_parent_dies(signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed before that
-        os._exit(1)
 
 
 def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run):
@@ -2826,71 +2922,6 @@ def train(transformer, vae, parameters, optimizer, dataset, schedule, first_upda
             if step % (args.validation_epochs * schedule.updates_per_epoch) == 0 and step < schedule.max_train_steps:
                 validation(step)
     return 0
-
-
-def is_finished(args, schedule):
-    """Whether `--output_dir` holds a run that has come to its end; says so."""
-    path = Path(args.output_dir, RUN_FILE)
-    try:
-        steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is made anew
-        return False
-    if steps < schedule.max_train_steps:
-        return False
-    logger.info(
-        f"{args.output_dir} holds a finished run; its files are left alone. "
-        "To go on from its last checkpoint, raise --max_train_steps"
-    )
-    return True
-
-
-def save_result(transformer, run):
-    """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
-    args = run.args
-    folder = Path(args.output_dir)
-    comfyui = folder / "comfyui" / f"{folder.resolve().name}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = save_lora(transformer, folder, run.saving_dtype)
-        comfyui.parent.mkdir(exist_ok=True)
-        save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
-        put_in_place(comfyui.with_suffix(".part"), comfyui)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
-    scale = args.lora_alpha / args.rank
-    for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
-        loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
-        for name in lora_modules(state):
-            expected = scale * effect(state, name)
-            if (scale_as_read * effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
-                raise TrainingError(f"{file} does not read back as it was written: {name}")
-
-
-def lora_modules(state):
-    """The names of the modules that a LoRA changes."""
-    return [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-
-
-def effect(state, module):
-    """What the pair of matrices does to a vector of ones, [out], before scaling."""
-    down, up = (state[f"{module}.lora_{part}.weight"].float() for part in "AB")
-    return up @ down.sum(1)
-
-
-def comfyui_state(state, alpha):
-    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor beside each pair."""
-    comfyui = {f"diffusion_model.{name}": tensor for name, tensor in state.items()}
-    alphas = {f"diffusion_model.{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
-    return comfyui | alphas
-
-
-def loggable(args):
-    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
-    return {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in vars(args).items()
-        if name != "hub_token"
-    }
 
 
 def main(args):
