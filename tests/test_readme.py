@@ -22,6 +22,7 @@ from tiny import ROOT, SCRIPT, launch, lora_tensors, run, train_args
 
 
 README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "tests" / "README.md", ROOT / "tests" / "benchmarks" / "README.md"]
 BEGIN, END = "<!-- flags -->\n", "<!-- /flags -->\n"
 
 
@@ -58,19 +59,36 @@ def test_the_table_of_flags_is_the_parsers():
     assert split(README.read_text(encoding="utf-8"))[1] == flags_table()
 
 
-def test_every_flag_that_the_readme_names_exists():
+def option_strings(path):
+    """The flags that a program of the tests takes."""
+    return set(re.findall(r'add(?:_argument)?\(\s*"(--\w+)"', path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_that_a_document_names_exists(document):
     known = {option for action in trainer.build_parser()._actions for option in action.option_strings}
-    known |= {"--config_file", "--logdir"}  # of accelerate, of tensorboard
+    known |= {"--config_file", "--logdir", "--check", "--cpu", "--num_processes"}  # of other programs
     for path in [ROOT / "tests" / "kill_test.py", *(ROOT / "tests" / "benchmarks").glob("*.py")]:
-        known |= set(re.findall(r'add(?:_argument)?\(\s*"(--\w+)"', path.read_text(encoding="utf-8")))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", README.read_text(encoding="utf-8")))
-    assert named <= known
+        known |= option_strings(path)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", document.read_text(encoding="utf-8")))
+    assert named and named <= known
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = re.findall(r"(?:configs|tests)/[\w./-]+\w", README.read_text(encoding="utf-8"))
-    missing = [name for name in names if not (README.parent / name).exists()]
-    assert len(names) > 10 and not missing
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document):
+    text = document.read_text(encoding="utf-8")
+    names = set(re.findall(r"(?<![\w/.-])(?:configs|tests)/[\w./-]+\w", text))
+    names |= set(re.findall(r"`([\w-]+\.(?:py|ipynb))`", text))
+    missing = {name for name in names if not (ROOT / name).exists() and not (document.parent / name).exists()}
+    assert len(names) > 3 and not missing
+
+
+def test_every_link_inside_a_document_leads_to_a_heading():
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= anchors, document
 
 
 # The commands of the specification, which users of this family of trainers type.
@@ -111,23 +129,46 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_the_commands_of_the_specification_are_printed(changes):
+def specified(name):
+    """One of the specification's commands, in full."""
     command = MAIN_COMMAND
-    for old, new in changes.items():
+    for old, new in CHANGES[name].items():
         assert command.count(old) == 1
         command = command.replace(old, new)
-    assert [block.endswith(command) for block in blocks("bash")].count(True) == 1
+    return command
 
 
-COMMANDS = [block for block in blocks("bash") if "accelerate launch" in block]
+def test_the_main_command_of_the_specification_is_printed():
+    assert [block.endswith(MAIN_COMMAND) for block in blocks("bash")].count(True) == 1
+
+
+@pytest.mark.parametrize("name", ["fp8", "prodigy"])
+def test_the_printed_changes_of_the_main_command_make_those_of_the_specification(name):
+    (difference,) = re.findall(
+        rf"^<!-- change: {name} -->\n+```diff\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    lines, place = MAIN_COMMAND.splitlines(), None
+    for change in difference.splitlines():
+        if change.startswith("-"):
+            place = lines.index(change[1:])
+            del lines[place]
+        else:
+            lines.insert(place, change[1:])
+            place += 1
+    assert lines == specified(name).splitlines()
+
+
+COMMANDS = {  # as they are printed, and the specification's others in full
+    **dict(zip(["first run", "main", "recipes"], [block for block in blocks("bash") if "accelerate launch" in block])),
+    **{name: specified(name) for name in ("fp8", "prodigy")},
+}
 
 
 def words_of(block):
     """The words of the block's last line, `accelerate launch ...`, with the variables that the block exports."""
     lines = block.replace("\\\n", " ").strip().splitlines()
     exported = dict(shlex.split(line)[1].split("=", 1) for line in lines if line.startswith("export "))
-    return shlex.split(string.Template(lines[-1]).substitute(exported))
+    return shlex.split(string.Template(lines[-1]).safe_substitute(exported))
 
 
 def small_flags(model, data, out, resolution=64):
@@ -163,7 +204,7 @@ def assert_trained(out, dtype=torch.bfloat16):
     assert list((out / "logs").rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=["first run", "main", "recipes", "fp8", "prodigy"])
+@pytest.mark.parametrize("block", COMMANDS.values(), ids=COMMANDS)
 def test_a_printed_command_runs(block, configured, tiny_model, one_photo, tmp_path):
     words = words_of(block)
     script = words.index(SCRIPT.name)
@@ -185,8 +226,7 @@ def test_the_main_command_runs_from_python(tiny_model, one_photo, tmp_path):
         "from train_dreambooth_lora_z_image import main, parse_args\n"
         "main(parse_args(sys.argv[1:]))\n"
     )
-    main_block = next(block for block in COMMANDS if block.endswith(MAIN_COMMAND))
-    flags = [word for word in words_of(main_block)[3:] if word != "--push_to_hub"]
+    flags = [word for word in words_of(COMMANDS["main"])[3:] if word != "--push_to_hub"]
     environment = {"HF_HOME": str(tmp_path / "hf-home"), "PYTHONPATH": str(ROOT)}
     run([sys.executable, "-c", code, *flags, *small_flags(tiny_model, one_photo, tmp_path / "out")], env=environment)
     assert_trained(tmp_path / "out")
