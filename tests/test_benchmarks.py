@@ -76,6 +76,18 @@ def test_encode_starts_cold_and_then_warm(tiny_model, tmp_path):
     assert cold["read_gb"] - warm["read_gb"] > 0.9 * spared
 
 
+@pytest.mark.slow
+def test_same_weights_tells_a_script_that_trains_something_else(tmp_path):
+    changed = tmp_path / "changed.py"
+    other_noise = "\n\nof_parts = seeded_generator\nseeded_generator = lambda *parts: of_parts('other', *parts)\n"
+    changed.write_text(SCRIPT.read_text(encoding="utf-8") + other_noise, encoding="utf-8")
+    for new, status, result in [(SCRIPT, 0, "the same"), (changed, 1, "32 of 32 tensors differ")]:
+        command = [sys.executable, BENCHMARKS / "same_weights.py", SCRIPT, new, "--only=plain"]
+        finished = run(command, check=False)
+        assert finished.returncode == status
+        assert f"| plain                 | {result}" in finished.stdout
+
+
 @pytest.fixture
 def small_builder(monkeypatch):
     """`full_size.build`, and shards so small that a tiny model has several."""
