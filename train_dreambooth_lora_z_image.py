@@ -11,7 +11,7 @@
     accelerate launch train_dreambooth_lora_z_image.py @configs/character.args --dry_run ...    # the plan, no training
     accelerate launch train_dreambooth_lora_z_image.py ... --resume_from_checkpoint latest      # go on after a stop
 
-The data flows in a straight line, and the file is written in its order:
+The data flows in a straight line, and the chapters of this file follow it; nothing is used above its definition:
 
     picture file -> upright RGB -> bucket -> resized and cropped -> latents
     caption -> chat template -> Qwen3 hidden state -> prompt embedding
@@ -48,9 +48,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NoReturn, TypeVar
 
 import accelerate
 import diffusers
@@ -58,7 +58,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
@@ -81,6 +81,7 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,
     dispatch_attention_fn,
 )
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -91,6 +92,7 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
     offload_models,
 )
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -98,6 +100,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader, Dataset
@@ -107,7 +110,7 @@ from tqdm.auto import tqdm
 logger = logging.getLogger("train_dreambooth_lora_z_image")
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"  # these two, and the LoRA in float32, make a checkpoint
+STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest make a checkpoint
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # in the output folder of a finished run
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -117,6 +120,10 @@ PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those
 HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
+T = TypeVar("T")
+Size = tuple[int, int]  # (height, width) in pixels
+State = dict[str, Tensor]  # tensors by name, as in a file
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small things
@@ -124,19 +131,45 @@ TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its message is one line that names the flag or file, and the mend."""
+    """A mistake that the user can correct. Its message is one line that names the flag or file and what to do."""
 
 
 class TrainingError(RuntimeError):
     """Training or saving cannot go on. Its message is one line."""
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def is_unicode(text):
+@contextlib.contextmanager
+def user_errors(what: str, *types: type[Exception]) -> Iterator[None]:
+    """Turns a library's exception, of `types` or of any type, into a UserError that begins with `what`.
+
+    Errors that are the script's own already say what to do: they pass, unless they are named in `types`.
+    """
+    types = types or (Exception,)
+    try:
+        yield
+    except types as error:  # the libraries raise their own for each way in which a file can be wrong
+        if isinstance(error, (UserError, TrainingError)) and type(error) not in types:
+            raise
+        raise UserError(f"{what}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(what: str) -> Iterator[None]:
+    """Where something other than the LoRA cannot be written, says so, and no more."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        logger.error(
+            f"{what} could not be written ({first_line(error)}): training goes on; make room or allow writing"
+        )
+
+
+def is_unicode(text: str) -> bool:
     """Whether a text can be encoded: JSON and command lines can hold surrogates."""
     try:
         text.encode()
@@ -145,7 +178,7 @@ def is_unicode(text):
     return True
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """The UTF-8 text of a file, stripped. Raises UserError."""
     try:
         return path.read_text(encoding="utf-8-sig").strip()
@@ -155,33 +188,33 @@ def read_text(path):
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Any) -> None:
     """Write JSON as UTF-8."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def digest_of(value):
+def digest_of(value: Any) -> str:
     """A digest of anything whose repr says all of it."""
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
-def digest_number(*parts):
+def digest_number(*parts: Any) -> int:
     """A seed of 63 bits that is a function of `parts` alone."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def seeded_generator(*parts):
+def seeded_generator(*parts: Any) -> torch.Generator:
     """A CPU generator whose state is a function of `parts` alone."""
     return torch.Generator().manual_seed(digest_number(*parts))
 
 
-def file_digest(path):
+def file_digest(path: Path) -> str:
     """BLAKE2 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def flush_to_disk(path):
+def flush_to_disk(path: Path) -> None:
     """fsync of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -190,15 +223,15 @@ def flush_to_disk(path):
         os.close(descriptor)
 
 
-def put_in_place(beside, path):
+def put_in_place(part: Path, path: Path) -> None:
     """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(beside, 0o666 & ~umask)
-    os.replace(beside, path)
+    os.chmod(part, 0o666 & ~umask)
+    os.replace(part, path)
 
 
-def remove_folder(path):
+def remove_folder(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half removed."""
     aside = path.with_name(f".{path.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
@@ -206,35 +239,26 @@ def remove_folder(path):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def save_picture(image, path):
+def save_picture(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    beside = path.with_suffix(".part")
-    image.save(beside, format="PNG")
-    os.replace(beside, path)
+    part = path.with_suffix(".part")
+    image.save(part, format="PNG")
+    os.replace(part, path)
 
 
-@contextlib.contextmanager
-def training_goes_on(what):
-    """Where something other than the LoRA cannot be written, says so, and no more."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        logger.error(f"{what} could not be written ({first_line(error)}): training goes on, make room or mend it")
-
-
-def end_stage():
-    """Give the memory of deleted models back to the device and to the system: the C library keeps some of it."""
+def release_memory() -> None:
+    """Return the memory of deleted models to the device and to the system: the C library keeps some of it."""
     free_memory()
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # of glibc alone
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def send_when_parent_dies(number):
+def send_when_parent_dies(signal_number: int) -> None:
     """Have the kernel send this process a signal when its parent dies (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,15 +269,17 @@ def send_when_parent_dies(number):
 class OneLineErrorParser(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose `@file` arguments may hold comments and several words a line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else args
         words = [self.read_words(Path(arg[1:])) if arg.startswith("@") else [arg] for arg in args]
         return super().parse_known_args(sum(words, []), namespace)
 
-    def read_words(self, path):
+    def read_words(self, path: Path) -> list[str]:
         """The words of an `@file`: argparse's own reader leaves the encoding to the locale."""
         try:
             return [word for line in read_text(path).splitlines() for word in shlex.split(line, comments=True)]
@@ -261,7 +287,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
             self.error(f"cannot read the arguments in {path}: {first_line(error)}")
 
 
-def boolean(text):
+def boolean(text: str) -> bool:
     """`true`, `1`, `yes` or their opposites, in any letter case."""
     value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
     if value is None:
@@ -269,10 +295,12 @@ def boolean(text):
     return value
 
 
-def number(kind, low=None, high=None, above=None):
+def bounded(
+    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Callable[[str], Any]:
     """An argparse type: a finite `kind` (int or float) with `low <= value <= high`, or `value > above`."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         value = kind(text)
         if not abs(value) < 2**63:
             raise argparse.ArgumentTypeError(f"{text[:20]} is not finite, or too large")
@@ -288,14 +316,14 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
-count = number(int, low=1)
-whole = number(int, low=0)
-positive = number(float, above=0)
-non_negative = number(float, low=0)
-fraction = number(float, low=0, high=1)
+count = bounded(int, low=1)
+whole = bounded(int, low=0)
+positive = bounded(float, above=0)
+non_negative = bounded(float, low=0)
+fraction = bounded(float, low=0, high=1)
 
 
-def build_parser():
+def build_parser() -> OneLineErrorParser:
     """The command line: every flag, in groups by topic."""
     # fmt: off
     parser = OneLineErrorParser(
@@ -315,14 +343,14 @@ def build_parser():
         help="Hold the transformer in float8 and multiply in float8 (CUDA needs compute capability 8.9).")
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
-    add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="SHARE",
-        help="Recompute the transformer's blocks, or a share of them, in the backward pass: less memory, more time.")
+    add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="FRACTION",
+        help="Recompute the transformer's blocks, or a fraction of them, in the backward pass: less memory, slower.")
     add("--offload", action="store_true",
         help="Keep encoders, and the inputs of recomputed blocks, in host memory while the device does not need them.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
     add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
     add("--base_adapter", metavar="PATH[:WEIGHT]",
-        help="A LoRA that the base wears in training alone, such as a training adapter for a distilled model.")
+        help="A LoRA merged into the base for training alone, such as a training adapter for a distilled model.")
     add("--attention_backend", metavar="NAME",
         help="A backend of diffusers' attention dispatcher, for example native.")
     add("--enable_npu_flash_attention", action="store_true", help="Use the NPU's flash attention (needs torch_npu).")
@@ -348,8 +376,8 @@ def build_parser():
     add("--random_flip", action="store_true", help="Mirror half of the samples, drawn anew every epoch.")
     add("--max_sequence_length", type=count, default=512, metavar="TOKENS",
         help="Longest prompt in tokens; a longer caption is cut, with a warning. Default: 512.")
-    add("--caption_dropout", type=fraction, default=0.0, metavar="SHARE",
-        help="Share of samples trained on the empty prompt. Default: 0.")
+    add("--caption_dropout", type=fraction, default=0.0, metavar="FRACTION",
+        help="Fraction of samples trained on the empty prompt. Default: 0.")
     add("--cache_latents", action="store_true",
         help="Encode all pictures once, then free the VAE. Crops are drawn once; both flips are kept.")
     add("--encoding_cache_dir", metavar="DIR",
@@ -371,7 +399,7 @@ def build_parser():
     add("--rank", type=count, default=4, metavar="N", help="Dimension of the LoRA matrices. Default: 4.")
     add("--lora_alpha", type=positive, default=4, metavar="A",
         help="The update is scaled by alpha / rank. Default: 4.")
-    add("--lora_dropout", type=number(float, low=0, high=0.99), default=0.0, metavar="P",
+    add("--lora_dropout", type=bounded(float, low=0, high=0.99), default=0.0, metavar="P",
         help="Dropout on the input of the LoRA. Default: 0.")
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", metavar="NAMES",
         help="Modules that get a LoRA: suffixes such as to_q, or paths such as layers.0.attention.to_q.")
@@ -408,12 +436,12 @@ def build_parser():
     add("--max_grad_norm", type=positive, default=1.0, metavar="NORM", help="Gradients are clipped to it. Default: 1.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none",
         help="Density of the timesteps, or weighting of the loss, after the SD3 paper. Default: none (uniform).")
-    add("--logit_mean", type=number(float), default=0.0, metavar="M", help="Of logit_normal; above 0: more noise.")
+    add("--logit_mean", type=bounded(float), default=0.0, metavar="M", help="Of logit_normal; above 0: more noise.")
     add("--logit_std", type=positive, default=1.0, metavar="S", help="Of logit_normal. Default: 1.")
-    add("--mode_scale", type=number(float), default=1.29, metavar="S", help="Of mode. Default: 1.29.")
+    add("--mode_scale", type=bounded(float), default=1.29, metavar="S", help="Of mode. Default: 1.29.")
     add("--timestep_shift", type=positive, metavar="S",
         help="Shift of the training sigmas alone; inference keeps its own. Default: the scheduler's.")
-    add("--seed", type=number(int, low=0, high=2 ** 63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
+    add("--seed", type=bounded(int, low=0, high=2**63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
 
     add = parser.add_argument_group("Validation").add_argument
     add("--validation_prompt", action="append", metavar="PROMPT",
@@ -423,7 +451,7 @@ def build_parser():
     add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
     add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
     add("--validation_model_path", metavar="MODEL",
-        help="Draw them with this Z-Image model wearing the LoRA, for example Turbo, not with the one in training.")
+        help="Draw them with the LoRA on this Z-Image model, for example Turbo, not on the one in training.")
     add("--validation_data_dir", metavar="DIR",
         help="Held-out pictures, captioned like the others: their loss is logged beside the base model's.")
     add("--save_best", action="store_true", help="Keep the LoRA of the lowest held-out loss in best/ as well.")
@@ -455,7 +483,7 @@ def build_parser():
     return parser
 
 
-def parse_buckets(text):
+def parse_buckets(text: str) -> list[Size]:
     """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
     buckets = []
     for pair in filter(None, (part.strip() for part in text.split(";"))):
@@ -471,13 +499,34 @@ def parse_buckets(text):
     return buckets
 
 
-def hub_repository(args):
+def hub_repository(args: argparse.Namespace) -> str:
     """The repository's name on the Hub, with or without its owner."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def parse_args(argv=None):
-    """Parse and check a command line (default: `sys.argv[1:]`). A mistake exits with status 2 and one line."""
+def read_prompts(prompts: list[str]) -> list[str]:
+    """The prompts, files among them read line by line. Raises UserError."""
+    read = []
+    for prompt in prompts:
+        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
+        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+    return read
+
+
+def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[str]:
+    """The prompts to draw while training, or at its end."""
+    if final and args.skip_final_inference:
+        return []
+    if final and args.final_validation_prompt:
+        return [args.final_validation_prompt]
+    return args.validation_prompt or []
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check a command line (default: `sys.argv[1:]`), and read its files of prompts.
+
+    Nothing changes the result afterwards. A mistake exits with status 2 and one line.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     prompts = {
@@ -513,30 +562,13 @@ def parse_args(argv=None):
             )
     try:
         args.aspect_ratio_buckets and parse_buckets(args.aspect_ratio_buckets)
+        args.validation_prompt = read_prompts(args.validation_prompt or []) or None  # a file may change meanwhile
     except UserError as error:
         parser.error(str(error))
     return args
 
 
-def read_prompts(prompts):
-    """The prompts, files among them read line by line. Raises UserError."""
-    read = []
-    for prompt in prompts:
-        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
-    return read
-
-
-def validation_prompts(args, final=False):
-    """The prompts to draw while training, or at its end."""
-    if final and args.skip_final_inference:
-        return []
-    if final and args.final_validation_prompt:
-        return [args.final_validation_prompt]
-    return args.validation_prompt or []
-
-
-def ineffective_flags(args):
+def ineffective_flags(args: argparse.Namespace) -> list[str]:
     """Lines about flags that were given and change nothing, as the rest of the command line stands."""
     lines = []
     for name, reason in [
@@ -562,16 +594,23 @@ def ineffective_flags(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """A picture to train on."""
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A picture to train on, or to measure the loss on."""
 
+    kind: str  # "instance", "class" or "held-out"
     name: str  # what messages call it
-    source: Path | Callable  # its file, or a function that gives its bytes
+    source: Path | Callable[[], bytes]  # its file, or a function that returns its bytes
     caption: str
-    size: tuple[int, int]  # (height, width) in pixels, upright
+    size: Size  # of the upright picture
+    bucket: Size  # of the picture as it is trained
+    repeats: int  # how often it counts in an epoch
 
 
-def list_pictures(folder, flag):
+Examples = dict[str, list[Example]]  # by kind
+
+
+def list_pictures(folder: Path, flag: str) -> list[Path]:
     """The pictures directly in `folder`, hidden files left out. Raises UserError if it is no folder."""
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {str(folder)[:500]} is not a folder: check the path")
@@ -586,13 +625,7 @@ def list_pictures(folder, flag):
     return pictures
 
 
-def read_sidecar(picture):
-    """The caption in `photo.txt` beside `photo.jpg`, or nothing."""
-    path = picture.with_suffix(".txt")
-    return read_text(path) if path.is_file() else ""
-
-
-def clean_caption(caption, where):
+def clean_caption(caption: Any, where: str) -> str:
     """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
     if isinstance(caption, (list, tuple)) and caption:
         caption = caption[0]
@@ -601,11 +634,11 @@ def clean_caption(caption, where):
     if not isinstance(caption, str):
         raise UserError(f"{where}: the caption {caption!r} is not a text")
     if not is_unicode(caption):
-        raise UserError(f"{where}: the caption {caption!r} holds half a character: mend it")
+        raise UserError(f"{where}: the caption {caption!r} holds half a character: correct it")
     return caption.strip()
 
 
-def read_metadata(folder, caption_column):
+def read_metadata(folder: Path, caption_column: str | None) -> dict[str, str]:
     """{file name relative to `folder`: caption} from its `metadata.jsonl`, if it has one. Raises UserError."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
@@ -620,7 +653,7 @@ def read_metadata(folder, caption_column):
             row = json.loads(line)
             name = Path(row["file_name"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f'{path}, line {line_number}: not a JSON object with "file_name": mend it') from None
+            raise UserError(f'{path}, line {line_number}: not a JSON object with "file_name": correct it') from None
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{path}, line {line_number}: {row['file_name']!r} points outside the folder")
         rows[name.as_posix()] = row
@@ -634,7 +667,7 @@ def read_metadata(folder, caption_column):
 
 
 @contextlib.contextmanager
-def picture_errors(name):
+def picture_errors(name: str) -> Iterator[None]:
     """Turns whatever Pillow raises about a bad picture into a UserError that names it."""
     try:
         yield
@@ -643,17 +676,17 @@ def picture_errors(name):
         raise UserError(f"{name} cannot be read as a picture ({reason}): replace or remove it") from None
 
 
-def open_picture(source):
-    """An open Pillow picture, not yet decoded."""
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
-
-
-def read_bytes(source):
+def read_bytes(source: Path | Callable[[], bytes]) -> bytes:
     """The encoded picture of an example."""
     return source.read_bytes() if isinstance(source, Path) else source()
 
 
-def picture_size(name, source):
+def open_picture(source: Path | Callable[[], bytes]) -> Image.Image:
+    """An open Pillow picture, not yet decoded."""
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
+
+
+def picture_size(name: str, source: Path | Callable[[], bytes]) -> Size:
     """(height, width) of the upright picture, from its header alone. Raises UserError."""
     with picture_errors(name), open_picture(source) as image:
         width, height = image.size
@@ -662,7 +695,7 @@ def picture_size(name, source):
     return (width, height) if turned else (height, width)
 
 
-def shrink(image):
+def shrink(image: Image.Image) -> Image.Image:
     """A picture of at most MAX_SIDE² pixels, by skipping pixels in whole numbers, so that conversions cost little."""
     step = math.ceil(math.sqrt(image.width * image.height) / MAX_SIDE)
     small = image.resize((math.ceil(image.width / step), math.ceil(image.height / step)), Image.Resampling.NEAREST)
@@ -670,7 +703,7 @@ def shrink(image):
     return small
 
 
-def decode_image(name, source):
+def decode_image(name: str, source: Path | Callable[[], bytes]) -> Image.Image:
     """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent."""
     with picture_errors(name), open_picture(source) as image:
         profile = image.info.get("icc_profile")
@@ -697,56 +730,58 @@ def decode_image(name, source):
         return image.convert("RGB")
 
 
-def picture_tensor(image):
+def picture_tensor(image: Image.Image) -> Tensor:
     """An RGB picture as uint8 [H, W, 3]."""
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
-def fit_to_bucket(image, bucket, crop, flip):
-    """Scale a picture to cover `bucket` (height, width), cut it there, and mirror it if `flip`.
+def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
+    """Scale a picture to cover `bucket`, cut it there, and mirror it if `flip`. Returns [3, H, W] in [-1, 1].
 
     `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
-    so that a picture of extreme shape costs no more memory than another. Gives [3, H, W] in [-1, 1].
+    so that a picture of extreme shape costs no more memory than another.
     """
-    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=crop[::-1])
+    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=tuple(crop[::-1]))
     if flip:
         image = ImageOps.mirror(image)
-    return picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+    assert pixels.shape == (3, *bucket)
+    return pixels
 
 
-def round_size(side):
+def round_size(side: float) -> int:
     """The multiple of 16 nearest to `side`, at least 16."""
     return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
 
 @functools.cache
-def ladder(resolution):
+def bucket_ladder(resolution: int) -> list[Size]:
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
     return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
 
 
 @functools.cache
-def smallest_area(resolution):
+def smallest_area(resolution: int) -> int:
     """Pixels of the smallest of those buckets."""
-    return min(math.prod(bucket) for bucket in ladder(resolution))
+    return min(math.prod(bucket) for bucket in bucket_ladder(resolution))
 
 
-def list_buckets(args):
-    """The bucket ladder as [(height, width), ...], or None where each picture finds its own size."""
+def list_buckets(args: argparse.Namespace) -> list[Size] | None:
+    """The buckets to choose from, or None where each picture finds its own size."""
     if args.aspect_ratio_buckets:
         return parse_buckets(args.aspect_ratio_buckets)
     return None if args.use_aspect_ratio_buckets else [(round_size(args.resolution),) * 2]
 
 
-def assign_bucket(size, buckets, resolution):
-    """The training size (height, width) of a picture of `size`.
+def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
+    """The training size of a picture of `size`.
 
     With `buckets`, the one nearest in shape (ties: in area). Without, the nearest in shape of a ladder computed for
     `resolution`, or for the largest smaller resolution whose bucket the picture fills without being enlarged.
     """
     height, width = size
 
-    def distance(bucket):
+    def distance(bucket: Size) -> tuple[float, int]:
         shape = abs(math.log(height / width) - math.log(bucket[0] / bucket[1]))
         return round(shape, 6), abs(height * width - bucket[0] * bucket[1])
 
@@ -755,56 +790,61 @@ def assign_bucket(size, buckets, resolution):
     for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
         if smallest_area(side) > height * width:
             continue
-        bucket = min(ladder(side), key=distance)
+        bucket = min(bucket_ladder(side), key=distance)
         if bucket[0] <= height and bucket[1] <= width:
             return bucket
     return (SIZE_MULTIPLE, SIZE_MULTIPLE)
 
 
-def assign_buckets(examples, args):
-    """The training size (height, width) of each example."""
-    buckets = list_buckets(args)
-    return [assign_bucket(example.size, buckets, args.resolution) for example in examples]
+def make_example(
+    kind: str, name: str, source: Path | Callable[[], bytes], caption: str, args: argparse.Namespace
+) -> Example:
+    """The example of a picture, from its header alone. Raises UserError."""
+    size = picture_size(name, source)
+    bucket = assign_bucket(size, list_buckets(args), args.resolution)
+    return Example(kind, name, source, caption, size, bucket, args.repeats if kind == "instance" else 1)
 
 
-def load_examples(folder, flag, default_caption, caption_column=None):
-    """A folder's pictures with their captions, from headers alone, sorted by name. Raises UserError."""
+def load_folder(
+    folder: str, kind: str, flag: str, default_caption: str, args: argparse.Namespace, column: str | None = None
+) -> list[Example]:
+    """A folder's pictures with their captions, sorted by name. Raises UserError."""
     folder = Path(folder)
     files = list_pictures(folder, flag)
-    captions = read_metadata(folder, caption_column)
+    captions = read_metadata(folder, column)
     unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
     for name, path in sorted(unlisted.items()):
         if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
             raise UserError(
-                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: mend the line"
+                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: correct the line"
             )
     if not files and not unlisted:
         raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
     examples = []
     for path in sorted([*files, *unlisted.values()]):
-        caption = captions.get(path.relative_to(folder).as_posix()) or read_sidecar(path) or default_caption
-        examples.append(Example(str(path), path, caption, picture_size(str(path), path)))
+        sidecar = path.with_suffix(".txt")
+        caption = captions.get(path.relative_to(folder).as_posix())
+        caption = caption or (read_text(sidecar) if sidecar.is_file() else "") or default_caption
+        examples.append(make_example(kind, str(path), path, caption, args))
     return examples
 
 
-def read_dataset_picture(data, column, index):
-    """The encoded picture in a row of a data set, as bytes."""
+def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> bytes:  # noqa: F821
+    """The encoded picture in a row of a data set."""
     picture = data[index][column]
     if picture is None:
         raise ValueError("the row has no picture")
     return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
 
-def load_dataset_examples(args):
+def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
     """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
     try:
         import datasets
     except ImportError:
         raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
-    try:
+    with user_errors(f"--dataset_name {args.dataset_name} cannot be loaded"):
         loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    except Exception as error:  # the library raises its own, and those of every format and of the network
-        raise UserError(f"--dataset_name {args.dataset_name} cannot be loaded: {first_line(error)}") from None
     data = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
         if column and column not in data.column_names:
@@ -821,35 +861,37 @@ def load_dataset_examples(args):
         name = f"{args.dataset_name}[{index}]"
         source = functools.partial(read_dataset_picture, data, args.image_column, index)
         caption = clean_caption(caption, name) or args.instance_prompt
-        examples.append(Example(name, source, caption, picture_size(name, source)))
+        examples.append(make_example("instance", name, source, caption, args))
     return examples
 
 
-def load_class_examples(args):
+def load_class_examples(args: argparse.Namespace) -> list[Example]:
     """The pictures of the class that there are: none yet where they will be generated."""
     folder = Path(args.class_data_dir)
     if not folder.exists() or not list_pictures(folder, "--class_data_dir"):
         return []
-    return load_examples(folder, "--class_data_dir", args.class_prompt)
+    return load_folder(args.class_data_dir, "class", "--class_data_dir", args.class_prompt, args)
 
 
-def load_all_examples(args):
-    """{"instance": [...]} and, where the flags ask for them, "class" and "held-out". Raises UserError."""
+def load_all_examples(args: argparse.Namespace) -> Examples:
+    """The instance pictures and, where the flags ask for them, class and held-out pictures. Raises UserError."""
     if args.dataset_name:
         examples = {"instance": load_dataset_examples(args)}
     else:
-        folder, column = args.instance_data_dir, args.caption_column
-        examples = {"instance": load_examples(folder, "--instance_data_dir", args.instance_prompt, column)}
+        flag, prompt = "--instance_data_dir", args.instance_prompt
+        examples = {
+            "instance": load_folder(args.instance_data_dir, "instance", flag, prompt, args, args.caption_column)
+        }
     if args.with_prior_preservation:
         examples["class"] = load_class_examples(args)
-    if args.validation_data_dir:
-        column = args.caption_column if Path(args.validation_data_dir, "metadata.jsonl").is_file() else None
-        folder = args.validation_data_dir
-        examples["held-out"] = load_examples(folder, "--validation_data_dir", args.instance_prompt, column)
+    if folder := args.validation_data_dir:
+        column = args.caption_column if Path(folder, "metadata.jsonl").is_file() else None
+        flag = "--validation_data_dir"
+        examples["held-out"] = load_folder(folder, "held-out", flag, args.instance_prompt, args, column)
     return examples
 
 
-def verify_pictures(examples):
+def verify_pictures(examples: list[Example]) -> None:
     """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
     for example in examples:
         with picture_errors(example.name), open_picture(example.source) as image:
@@ -857,7 +899,7 @@ def verify_pictures(examples):
             image.load()
 
 
-def find_duplicates(examples):
+def find_duplicates(examples: list[Example]) -> list[tuple[str, str]]:
     """Pairs of names of picture files with the same bytes; only files of the same size are read."""
     by_size, seen, pairs = Counter(), {}, []
     files = [example for example in examples if isinstance(example.source, Path)]
@@ -876,81 +918,123 @@ def find_duplicates(examples):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """Where the pipeline is, and what its configuration files say."""
+class PipelineInfo:
+    """Where the pipeline is, what its configuration files say, and what tells its weights from others."""
 
-    path: str
-    hub_kwargs: dict  # revision, variant, cache_dir
-    transformer_config: dict
-    vae_config: dict
+    name: str  # as given: a folder, or an id on the Hub
+    path: str  # the folder on this machine
+    variant: str | None
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
     text_config: transformers.PretrainedConfig
     scheduler: FlowMatchEulerDiscreteScheduler
     vae_scale_factor: int
     latent_channels: int
-    identity: dict  # {component: what changes when its weights do}
+    identity: dict[str, str | None]  # {component: digest of its content}; None where it is not downloaded
 
-    def latent_shape(self, bucket):
-        """(C, h, w) of the latents of a picture of that (height, width)."""
+    def latent_shape(self, bucket: Size) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of that size."""
         return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
 
-    def longest_prompt(self, args):
-        """`--max_sequence_length` in tokens, or what the model's rotary embedding has room for, beside the picture."""
+    def longest_prompt(self, limit: int) -> int:
+        """`limit` tokens, or what the model's rotary embedding has room for together with the picture."""
         room = (self.transformer_config["axes_lens"][0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-        return min(args.max_sequence_length, room)
+        return min(limit, room)
 
-    def load(self, cls, subfolder, **kwargs):
+    def load(self, cls: type[T], subfolder: str, **kwargs: Any) -> T:
         """A component with its weights. Raises UserError."""
-        try:
-            component = cls.from_pretrained(self.path, subfolder=subfolder, **self.hub_kwargs, **kwargs)
+        with user_errors(f"{self.name}: its {subfolder} cannot be loaded", OSError, ValueError, SafetensorError):
+            component = cls.from_pretrained(self.path, subfolder=subfolder, variant=self.variant, **kwargs)
             if isinstance(component, torch.nn.Module) and any(p.is_meta for p in component.parameters()):
                 raise ValueError("its file lacks some of the weights")
             return component
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.path}: its {subfolder} cannot be loaded: {first_line(error)}") from None
 
 
-def component_identity(path, name, args):
-    """What tells one version of a component from another: its files' sizes and dates, or the revision on the Hub."""
-    if not Path(path).is_dir():
-        config = DiffusionPipeline.load_config(
-            path, revision=args.revision, cache_dir=args.cache_dir, return_commit_hash=True
-        )
-        return [path, config[-1], args.variant]
-    folders = [name, "tokenizer"] if name == "text_encoder" else [name]
-    files = [file for folder in folders for file in sorted(Path(path, folder).rglob("*")) if file.is_file()]
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def weight_files(path: str, component: str, variant: str | None) -> list[Path]:
+    """The files that hold a component's weights: safetensors, or else torch's own format."""
+    for pattern in (f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"):
+        if files := sorted(Path(path, component).glob(pattern)):
+            return files
+    return []
 
 
-def check_model(args):
+def component_identity(path: str, component: str, variant: str | None) -> str | None:
+    """A digest of what a component computes, the same wherever and however its files came here.
+
+    Of each weight file: its header, its size, and 64 KiB at 16 evenly spaced places; of the rest, all configuration
+    that is not about where it came from. None where there are no weights.
+    """
+    files, places, length = weight_files(path, component, variant), 16, 2**16
+    if not files:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as weights:
+            header = int.from_bytes(weights.read(8), "little") if file.suffix == ".safetensors" else 0
+            digest.update(repr((size, weights.read(min(header, size)))).encode())
+            for place in range(places):
+                weights.seek(max(0, size - length) * place // (places - 1))
+                digest.update(weights.read(length))
+    tokenizer = sorted(Path(path, "tokenizer").glob("*")) if component == "text_encoder" else []
+    for file in [Path(path, component, "config.json"), *filter(Path.is_file, tokenizer)]:
+        content = file.read_bytes()
+        if file.name in ("config.json", "tokenizer_config.json"):
+            about_origin = ("_name_or_path", "_diffusers_version", "name_or_path", "transformers_version")
+            settings = json.loads(content)
+            content = repr(sorted((k, v) for k, v in settings.items() if k not in about_origin)).encode()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
+    """The folder of `--pretrained_model_name_or_path`, downloaded first where that is an id on the Hub."""
+    name = args.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return name
+    with accelerator.local_main_process_first():  # one process of a machine downloads for all
+        if args.dry_run:  # weights are not needed for the plan
+            patterns = ["*.json", "*/*.json", "tokenizer/*"]
+            return snapshot_download(name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=patterns)
+        return DiffusionPipeline.download(name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+
+
+def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> PipelineInfo:
     """Read the configuration of every component, before anything expensive. Raises UserError."""
-    path, hub_kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    flag = f"--pretrained_model_name_or_path {path}"
-    classes = (ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler)
+    name, flag = (
+        args.pretrained_model_name_or_path,
+        f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}",
+    )
+    incomplete = f"{flag} is not a complete Z-Image pipeline: its"
+    classes = {
+        "transformer": ZImageTransformer2DModel,
+        "vae": AutoencoderKL,
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+    }
     configs = {}
-    try:
-        name = "model_index.json"
-        index = DiffusionPipeline.load_config(path, **hub_kwargs)
-        if index.get("_class_name") not in ("ZImagePipeline", None):
-            raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
-        for name, cls in zip(("transformer", "vae", "scheduler"), classes, strict=True):
-            configs[name] = cls.load_config(path, subfolder=name, **hub_kwargs)
-            if configs[name].get("_class_name") != cls.__name__:
-                raise UserError(f"{flag}: its {name} is a {configs[name].get('_class_name')}, not a {cls.__name__}")
-        name = "text_encoder"
-        text_config = transformers.AutoConfig.from_pretrained(path, subfolder=name, **hub_kwargs)
-        if not text_config.model_type.startswith("qwen"):
-            raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
-        name = "tokenizer"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=name, **hub_kwargs)
-        if not tokenizer.chat_template:
-            raise UserError(f"{flag}: its tokenizer has no chat template")
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(f"{flag} is not a complete Z-Image pipeline: its {name}: {first_line(error)}") from None
-    for name in ("transformer", "vae", "text_encoder"):
-        if Path(path).is_dir() and not [*Path(path, name).glob("*.safetensors"), *Path(path, name).glob("*.bin")]:
-            raise UserError(f"{flag}: its {name} has no weights")
+    with user_errors(f"{incomplete} model_index.json"):
+        path = local_pipeline(args, accelerator)
+        index = DiffusionPipeline.load_config(path)
+    if index.get("_class_name") not in ("ZImagePipeline", None):
+        raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
+    for component, cls in classes.items():
+        with user_errors(f"{incomplete} {component}"):
+            configs[component] = cls.load_config(path, subfolder=component)
+        if configs[component].get("_class_name") != cls.__name__:
+            raise UserError(
+                f"{flag}: its {component} is a {configs[component].get('_class_name')}, not a {cls.__name__}"
+            )
+    with user_errors(f"{incomplete} text_encoder"):
+        text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder")
+    if not text_config.model_type.startswith("qwen"):
+        raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
+    with user_errors(f"{incomplete} tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+    if not tokenizer.chat_template:
+        raise UserError(f"{flag}: its tokenizer has no chat template")
+    identity = {part: component_identity(path, part, args.variant) for part in ("transformer", "vae", "text_encoder")}
+    if lacking := [part for part, digest in identity.items() if digest is None and Path(name).is_dir()]:
+        raise UserError(f"{flag}: its {lacking[0]} has no weights")
     if "text_encoder" not in index or "tokenizer" not in index:
         raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
     transformer, vae = configs["transformer"], configs["vae"]
@@ -964,16 +1048,17 @@ def check_model(args):
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
-    return Model(
+    return PipelineInfo(
+        name,
         path,
-        {**hub_kwargs, "variant": args.variant},
+        args.variant,
         transformer,
         vae,
         text_config,
         scheduler,
         vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
         latent_channels=vae["latent_channels"],
-        identity={name: component_identity(path, name, args) for name in ("text_encoder", "vae")},
+        identity=identity,
     )
 
 
@@ -983,54 +1068,58 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
-    model: Model
+    pipeline: PipelineInfo
     seed: int
     weight_dtype: torch.dtype  # of the frozen weights and the products
 
     @property
-    def sharded(self):
+    def sharded(self) -> bool:
         """Whether the frozen weights are spread over the processes, so that all must take part in every pass."""
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
-    def compiled(self):
+    def compiled(self) -> bool:
         """Whether the transformer's blocks are compiled, for the flag or for the accelerate config's section."""
         return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     @property
-    def recomputed_share(self):
-        """Share of the blocks that keep only their inputs, by the flag or by the accelerate config's FSDP section."""
+    def checkpointed_fraction(self) -> float:
+        """Fraction of the blocks that keep only their inputs, by the flag or by the config's FSDP section."""
         by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
-        return self.args.gradient_checkpointing or by_config
+        return float(self.args.gradient_checkpointing or by_config)
 
     @property
-    def offloads(self):
+    def offloads(self) -> bool:
         """Whether `--offload` has somewhere to put things: on the CPU it has not."""
         return self.args.offload and self.accelerator.device.type != "cpu"
 
     @property
-    def saving_dtype(self):
+    def saving_dtype(self) -> torch.dtype:
         """Type of the LoRA files, apart from checkpoints."""
         return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
 
-    def share(self, items):
+    def own_part(self, items: list[T]) -> list[T]:
         """This process's part of a list of work."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
 
-def validation_model(run):
-    """The model that draws: the one in training, or `--validation_model_path` with its scheduler. Raises UserError."""
-    path = run.args.validation_model_path
-    if path is None:
-        return run.model
-    other = dataclasses.replace(run.model, path=path, hub_kwargs={"cache_dir": run.args.cache_dir})
-    try:
+def validation_pipeline(run: Run) -> PipelineInfo:
+    """The pipeline that draws: the one in training, or `--validation_model_path`'s scheduler and transformer.
+
+    Raises UserError.
+    """
+    name = run.args.validation_model_path
+    if name is None:
+        return run.pipeline
+    with user_errors("--validation_model_path", UserError, OSError, ValueError):
+        path, parts = name, ["transformer/*", "scheduler/*"]
+        if not Path(name).is_dir():
+            path = snapshot_download(name, cache_dir=run.args.cache_dir, allow_patterns=parts)
+        other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None)
         return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
-    except UserError as error:
-        raise UserError(f"--validation_model_path {error}") from None
 
 
-def list_trackers(report_to):
+def list_trackers(report_to: str) -> list[str] | None:
     """The trackers of `--report_to` for accelerate, or None. Raises UserError for one that is unknown or missing."""
     names = [name.strip() for name in report_to.split(",")]
     if names == ["none"]:
@@ -1044,18 +1133,14 @@ def list_trackers(report_to):
     return names
 
 
-def follow_launcher():
+def follow_launcher() -> None:
     """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
-    if (
-        sys.platform == "linux"
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-        and "TORCHELASTIC_RUN_ID" not in os.environ
-    ):
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         send_when_parent_dies(signal.SIGTERM)
 
 
-def start(args):
-    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision == "fp8":
         raise UserError(
@@ -1069,27 +1154,32 @@ def start(args):
     if args.do_fp8_training and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
     trackers = list_trackers(args.report_to)
-    try:
+    logs = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+    with user_errors(f"--mixed_precision {precision or launcher_precision}", ValueError, ImportError, RuntimeError):
         accelerator = Accelerator(
             mixed_precision=precision,
             log_with=trackers,
             # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-            project_config=ProjectConfiguration(
-                args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
-            ),
+            project_config=logs,
         )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"--mixed_precision {precision or launcher_precision}: {first_line(error)}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError("the launcher started several processes, but this machine has no device for each: start one")
-    follow_launcher()
+    return accelerator
+
+
+def configure_logging(accelerator: Accelerator) -> None:
+    """The script's lines from the main process, the libraries' only where something is wrong."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
+
+
+def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Whether the device can do what was asked. Raises UserError."""
     if args.do_fp8_training and accelerator.device.type == "cuda":
         capability = torch.cuda.get_device_capability(accelerator.device)
         if capability < (8, 9):
@@ -1097,6 +1187,16 @@ def start(args):
                 f"--do_fp8_training needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}: "
                 "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
             )
+    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
+        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
+    if accelerator.mixed_precision == "fp16":
+        logger.warning(
+            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
+        )
+
+
+def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Whether the accelerate config's FSDP section is one that the script follows. Raises UserError."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
         raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
@@ -1104,19 +1204,26 @@ def start(args):
         raise UserError("the accelerate config asks for FSDP version 1: set fsdp_version: 2 in its fsdp_config")
     if args.fsdp_text_encoder and not sharded:
         raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
-    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
-        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
-    if args.attention_backend and args.attention_backend not in (names := [b.value for b in AttentionBackendName]):
-        raise UserError(f"--attention_backend {args.attention_backend} is unknown: choose one of {', '.join(names)}")
-    if args.attention_backend:
-        try:
-            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"--attention_backend {args.attention_backend}: {first_line(error)}") from None
-    if accelerator.mixed_precision == "fp16":
-        logger.warning(
-            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
-        )
+
+
+def check_attention_backend(name: str | None) -> None:
+    """Whether diffusers knows the backend and can run it here. Raises UserError."""
+    if name is None:
+        return
+    if name not in (names := [backend.value for backend in AttentionBackendName]):
+        raise UserError(f"--attention_backend {name} is unknown: choose one of {', '.join(names)}")
+    with user_errors(f"--attention_backend {name}", RuntimeError, ImportError):
+        _check_attention_backend_requirements(AttentionBackendName(name))
+
+
+def start_run(args: argparse.Namespace) -> Accelerator:
+    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+    accelerator = make_accelerator(args)
+    follow_launcher()
+    configure_logging(accelerator)
+    check_device(args, accelerator)
+    check_sharding(args, accelerator)
+    check_attention_backend(args.attention_backend)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for line in ineffective_flags(args):
@@ -1124,40 +1231,18 @@ def start(args):
     return accelerator
 
 
-def loggable(args):
-    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
-    return {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in vars(args).items()
-        if name != "hub_token"
-    }
-
-
-def start_trackers(args, accelerator):
-    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
-    if args.hub_token:  # some store the command line, and one asks the kernel for it
-        sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
-        if "swanlab" in map(str, accelerator.log_with):
-            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
-    try:
-        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
-    except Exception as error:  # every tracker raises its own
-        raise UserError(f"--report_to {args.report_to} cannot start: {first_line(error)}") from None
-
-
-def shows_progress(accelerator):
+def shows_progress(accelerator: Accelerator) -> bool:
     """Whether this process draws progress bars: the main one, at a terminal."""
     return accelerator.is_main_process and sys.stderr.isatty()
 
 
-def choose_seed(args, checkpoint):
+def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
     """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
     drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
     if args.seed is not None:
         return args.seed
-    if checkpoint:
-        return checkpoint.manifest["seed"]
+    if saved_seed is not None:
+        return saved_seed
     logger.info(f"--seed was not given: drew {drawn}")
     return drawn
 
@@ -1170,13 +1255,13 @@ def choose_seed(args, checkpoint):
 class EncodingCache:
     """Tensors on disk, each in a file named after everything it was computed from. `folder` None: no cache."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | None) -> None:
         self.folder = Path(folder) if folder else None
 
-    def file(self, key):
+    def file(self, key: tuple) -> Path:
         return self.folder / f"{digest_of(key)}.safetensors"
 
-    def get(self, key):
+    def get(self, key: tuple) -> Tensor | None:
         """The tensor, or None where there is none or its file is damaged."""
         if self.folder is None or not (path := self.file(key)).is_file():
             return None
@@ -1186,35 +1271,34 @@ class EncodingCache:
             logger.warning(f"--encoding_cache_dir: {path} is damaged and made anew ({first_line(error)})")
             return None
 
-    def put(self, key, tensor):
-        """Write beside and rename, so that runs that share the folder never see half a file."""
+    def put(self, key: tuple, tensor: Tensor) -> None:
+        """Write under another name and rename, so that runs that use one folder never see half a file."""
         if self.folder is not None:
             path = self.file(key)
-            beside = path.with_suffix(f".{os.getpid()}")
+            part = path.with_suffix(f".{os.getpid()}")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({"encoding": tensor.contiguous()}, beside)
-                put_in_place(beside, path)
+                save_file({"encoding": tensor.contiguous()}, part)
+                put_in_place(part, path)
             except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
                 logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
 
 
-def load_text_pipeline(model, dtype):
+def load_text_pipeline(pipeline: PipelineInfo, dtype: torch.dtype) -> ZImagePipeline:
     """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
-    try:
+    variant = pipeline.variant
+    with user_errors(f"{pipeline.name}: its text_encoder cannot be loaded", OSError, ValueError, SafetensorError):
         text_encoder, loaded = transformers.AutoModel.from_pretrained(
-            model.path, subfolder="text_encoder", dtype=dtype, output_loading_info=True, **model.hub_kwargs
+            pipeline.path, subfolder="text_encoder", dtype=dtype, variant=variant, output_loading_info=True
         )
         if loaded["missing_keys"]:  # transformers fills them with random numbers
             raise ValueError(f"its file lacks {len(loaded['missing_keys'])} of the weights")
         return ZImagePipeline.from_pretrained(
-            model.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, **model.hub_kwargs
+            pipeline.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, variant=variant
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{model.path}: its text_encoder cannot be loaded: {first_line(error)}") from None
 
 
-def count_tokens(tokenizer, prompt, limit):
+def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, limit: int) -> int:
     """Length of the prompt in the chat template; warns where `--max_sequence_length` will cut it."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -1228,14 +1312,15 @@ def count_tokens(tokenizer, prompt, limit):
     return len(tokens)
 
 
-def warn_of_cut_prompts(examples, run):
+def warn_of_cut_prompts(examples: Examples, run: Run) -> None:
     """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
-    tokenizer = run.model.load(transformers.AutoTokenizer, "tokenizer")
+    tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
+    longest = run.pipeline.longest_prompt(run.args.max_sequence_length)
     for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
-        count_tokens(tokenizer, prompt, run.model.longest_prompt(run.args))
+        count_tokens(tokenizer, prompt, longest)
 
 
-def shard(modules, accelerator, ignored=()):
+def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored: Collection[Tensor] = ()) -> None:
     """Spread the parameters of modules, inner ones first, over the processes as accelerate's FSDP section says.
 
     `ignored` parameters stay whole on every process.
@@ -1252,7 +1337,20 @@ def shard(modules, accelerator, ignored=()):
         fully_shard(module, **options)
 
 
-def encode_prompts(prompts, run):
+def place_text_encoder(text_encoder: torch.nn.Module, run: Run) -> None:
+    """Put the text encoder where it encodes: on the device, spread over the processes, or there by layers."""
+    device = run.accelerator.device
+    if run.args.fsdp_text_encoder:
+        text_encoder.rotary_emb.to(device)
+        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
+        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), run.accelerator)
+    elif run.args.offload:
+        accelerate.cpu_offload(text_encoder, device)  # each layer visits the device by itself
+    else:
+        text_encoder.to(device)
+
+
+def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
     """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
 
     The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
@@ -1261,85 +1359,88 @@ def encode_prompts(prompts, run):
     args, accelerator = run.args, run.accelerator
     cache = EncodingCache(args.encoding_cache_dir)
     dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
-    longest = run.model.longest_prompt(args)
-    settings = ("prompt", run.model.identity["text_encoder"], longest, str(dtype))
+    longest = run.pipeline.longest_prompt(args.max_sequence_length)
+    settings = ("prompt", run.pipeline.identity["text_encoder"], longest, str(dtype))
     # One process looks into the cache for all: another run may be adding to it.
     embeds = accelerator.is_main_process and {prompt: cache.get((*settings, prompt)) for prompt in prompts}
     embeds = broadcast_object_list([embeds])[0]
-    missing = [prompt for prompt, embed in embeds.items() if embed is None]
-    if not missing:
-        return embeds
-    pipeline = load_text_pipeline(run.model, dtype)
-    text_encoder = pipeline.text_encoder.requires_grad_(False)
-    if args.fsdp_text_encoder:
-        text_encoder.rotary_emb.to(accelerator.device)
-        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
-        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), accelerator)
-    elif args.offload:
-        accelerate.cpu_offload(text_encoder, accelerator.device)  # each layer visits the device by itself
-    else:
-        text_encoder.to(accelerator.device)
-    encoded = []
-    with torch.no_grad():
-        for prompt in missing if args.fsdp_text_encoder else run.share(missing):
-            length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
-            embed = pipeline.encode_prompt(
-                [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
-            )[0][0].to("cpu", copy=True)
-            cache.put((*settings, prompt), embed)
-            encoded.append((prompt, embed))
-    embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
-    del pipeline, text_encoder
-    end_stage()
+    if missing := [prompt for prompt, embed in embeds.items() if embed is None]:
+        pipeline, encoded = load_text_pipeline(run.pipeline, dtype), []
+        place_text_encoder(pipeline.text_encoder.requires_grad_(False), run)
+        with torch.no_grad():
+            for prompt in missing if args.fsdp_text_encoder else run.own_part(missing):
+                length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
+                embed = pipeline.encode_prompt(
+                    [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
+                )[0][0].to("cpu", copy=True)
+                cache.put((*settings, prompt), embed)
+                encoded.append((prompt, embed))
+        embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
+        del pipeline
+        release_memory()
+    width = run.pipeline.transformer_config["cap_feat_dim"]
+    assert all(embed.ndim == 2 and embed.shape[1] == width for embed in embeds.values())
     return embeds
 
 
-def load_vae(run):
+def load_vae(run: Run) -> AutoencoderKL:
     """The frozen VAE, in float32: it loses detail in half precision. With `--offload` it waits in host memory."""
-    vae = run.model.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
+    vae = run.pipeline.load(AutoencoderKL, "vae", dtype=torch.float32).requires_grad_(False)
     return vae.to("cpu" if run.args.offload else run.accelerator.device)
 
 
 @torch.no_grad()
-def encode_images(vae, pixels, run):
+def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
 
     One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
     """
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
         latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.to(run.accelerator.device).split(1)])
+    assert latents.shape == (len(pixels), *run.pipeline.latent_shape(pixels.shape[2:]))
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def decode_latents(vae, latents, run):
+def decode_latents(vae: AutoencoderKL, latents: Tensor, run: Run) -> Tensor:
     """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         return torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
 
 
-def cache_latents(dataset, kinds, run):
-    """{(kind, index, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
+def draw_crop(example: Example, args: argparse.Namespace, *draw: Any) -> tuple[float, float]:
+    """Where to cut a picture, (vertical, horizontal) in [0, 1]: the middle, or a function of `draw`."""
+    if args.center_crop or example.kind == "held-out":
+        return (0.5, 0.5)
+    return tuple(torch.rand(2, generator=seeded_generator("crop", *draw)).tolist())
+
+
+def load_pixels(example: Example, crop: tuple[float, float], flip: bool) -> Tensor:
+    """An example's picture, cut to its bucket, as [3, H, W] in [-1, 1]."""
+    return fit_to_bucket(decode_image(example.name, example.source), example.bucket, crop, flip)
+
+
+def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool], Tensor]:
+    """{(example, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
     cache = EncodingCache(run.args.encoding_cache_dir)
-    numbered = [(kind, index) for kind in kinds for index in range(len(dataset.examples[kind]))]
     vae, encoded = None, []
-    for kind, index in run.share(numbered):
-        example, bucket = dataset.examples[kind][index], dataset.buckets[kind][index]
-        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: runs can share latents
-        crop = "center" if run.args.center_crop or kind == "held-out" else "drawn"
-        for flip in (False, True) if run.args.random_flip and kind != "held-out" else (False,):
-            key = ("latents", run.model.identity["vae"], content, bucket, crop, flip)
+    for number, example in run.own_part(list(enumerate(examples))):
+        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: latents can be reused
+        crop = "center" if run.args.center_crop or example.kind == "held-out" else "drawn"
+        for flip in (False, True) if run.args.random_flip and example.kind != "held-out" else (False,):
+            key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, flip)
             latents = cache.get(key)
             if latents is None:
                 vae = vae or load_vae(run)
-                pixels = dataset.pixels(kind, index, flip, content)
+                pixels = load_pixels(example, draw_crop(example, run.args, content), flip)
                 latents = encode_images(vae, pixels[None], run)[0].cpu()
                 cache.put(key, latents)
-            encoded.append(((kind, index, flip), latents))
+            assert latents.shape == run.pipeline.latent_shape(example.bucket)
+            encoded.append((number, flip, latents))
     del vae
-    end_stage()
-    return dict(gather_object(encoded))
+    release_memory()
+    return {(examples[number], flip): latents for number, flip, latents in gather_object(encoded)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1347,12 +1448,13 @@ def cache_latents(dataset, kinds, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quantization_config(run):
+def quantization_config(run: Run) -> BitsAndBytesConfig | None:
     """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
     path = run.args.bnb_quantization_config_path
     if not path:
         return None
-    try:
+    errors = (UserError, ValueError, TypeError, AttributeError, RuntimeError, ImportError)
+    with user_errors(f"--bnb_quantization_config_path {path}", *errors):
         settings = json.loads(read_text(Path(path)))
         known = inspect.signature(BitsAndBytesConfig.__init__).parameters
         if unknown := settings.keys() - known:
@@ -1370,16 +1472,12 @@ def quantization_config(run):
             )
         DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
-    except UserError as error:
-        raise UserError(f"--bnb_quantization_config_path: {error}") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise UserError(f"--bnb_quantization_config_path {path}: {first_line(error)}") from None
 
 
 FLOAT8 = torch.float8_e4m3fn
 
 
-def quantize_rows(matrix):
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
     scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -1395,7 +1493,7 @@ class Float8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, out_dtype):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.x_dtype = x.dtype
         rows, row_scale = quantize_rows(x)
@@ -1405,7 +1503,7 @@ class Float8Product(torch.autograd.Function):
         return product.to(out_dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
         rows, row_scale = quantize_rows(grad * scale.t())
         columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
@@ -1421,25 +1519,25 @@ class FrozenFloat8Linear(torch.nn.Linear):
 
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
-    def __init__(self, linear, device):
+    def __init__(self, linear: torch.nn.Linear, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         weight, scale = quantize_rows(linear.weight.detach().to(device))
         self.weight = torch.nn.Parameter(weight.view(torch.uint8), requires_grad=False)
         self.scale = torch.nn.Parameter(scale, requires_grad=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         product = Float8Product.apply(x.flatten(0, -2), self.weight.view(FLOAT8), self.scale, out_dtype)
         return product.unflatten(0, x.shape[:-1])
 
 
-def transformer_blocks(transformer):
+def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
     """All transformer blocks, in the order in which they run."""
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
-def quantize_to_float8(transformer, device):
+def quantize_to_float8(transformer: ZImageTransformer2DModel, device: torch.device) -> None:
     """Replace the attention and feed-forward layers of every block, one at a time, by float8 ones on `device`.
 
     The rest (embedders, modulation, final layer) is under 2% of the products and stays in its precision.
@@ -1450,18 +1548,20 @@ def quantize_to_float8(transformer, device):
                 block.set_submodule(name, FrozenFloat8Linear(module, device))
 
 
-def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
-    """Have this share of the blocks, spread over the depth, keep only their inputs until the backward pass.
+def checkpoint_blocks(
+    transformer: ZImageTransformer2DModel, fraction: float, reentrant: bool = True, on_host: bool = False
+) -> None:
+    """Have this fraction of the blocks, spread over the depth, keep only their inputs until the backward pass.
 
     `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
     hooks want that graph, and compiled blocks would be compiled without it as well. With `on_host` the inputs wait in
     host memory.
     """
     recomputed = {
-        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * share) > int(n * share)
+        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * fraction) > int(n * fraction)
     }
 
-    def run_block(block, hidden_states, *inputs):
+    def run_block(block: torch.nn.Module, hidden_states: Tensor, *inputs: Any) -> Tensor:
         if block not in recomputed:
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
@@ -1474,11 +1574,11 @@ def checkpoint_blocks(transformer, share, reentrant=True, on_host=False):
 class RealRopeEmbedder(RopeEmbedder):
     """The rotary embedding as pairs of cosine and sine, [tokens, head_dim / 2, 2], in place of complex numbers."""
 
-    def __call__(self, ids):
+    def __call__(self, ids: Tensor) -> Tensor:
         return torch.view_as_real(super().__call__(ids))
 
 
-def rotate_pairs(x, rotation):
+def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair of channels of x [B, tokens, heads, head_dim] by rotation [B, tokens, head_dim / 2, 2]."""
     cos, sin = rotation.unsqueeze(2).unbind(-1)
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -1488,7 +1588,14 @@ def rotate_pairs(x, rotation):
 class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
     """diffusers' attention of Z-Image with that embedding."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
         query, key, value = (
             project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
@@ -1498,7 +1605,7 @@ class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
         return attn.to_out[0](output.flatten(2, 3).type_as(query))
 
 
-def compile_blocks(transformer):
+def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
     """Compile the repeated block, not the model: Inductor fuses it whole once complex numbers are out of it."""
     rope = transformer.rope_embedder
     transformer.rope_embedder = RealRopeEmbedder(rope.theta, rope.axes_dims, rope.axes_lens)
@@ -1511,12 +1618,12 @@ def compile_blocks(transformer):
         block.compile(fullgraph=True)
 
 
-def load_transformer(run):
+def load_transformer(run: Run) -> ZImageTransformer2DModel:
     """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
     args, device = run.args, run.accelerator.device
     quantization = quantization_config(run)
     kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
+    transformer = run.pipeline.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
     transformer.requires_grad_(False)
     if args.do_fp8_training:
         quantize_to_float8(transformer, device)
@@ -1524,9 +1631,9 @@ def load_transformer(run):
         transformer.to(device)
     if args.attention_backend or args.enable_npu_flash_attention:
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
-    if run.recomputed_share:
+    if run.checkpointed_fraction:
         reentrant = not (run.compiled or run.sharded)
-        checkpoint_blocks(transformer, run.recomputed_share, reentrant, on_host=run.offloads)
+        checkpoint_blocks(transformer, run.checkpointed_fraction, reentrant, on_host=run.offloads)
     return transformer
 
 
@@ -1535,7 +1642,7 @@ def load_transformer(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def names_module(name, path):
+def names_module(name: str, path: str) -> bool:
     """Whether `name` means the module at `path`: `to_q`, `layers.0.attention.to_q`, `layers.0.to_q` or `layers.0`."""
     if f".{name}." in f".{path}.":
         return True
@@ -1546,8 +1653,11 @@ def names_module(name, path):
     )
 
 
-def resolve_lora_layers(names, config):
-    """The linear layers that `--lora_layers` means: {requested name: {module path: in + out}}. Raises UserError.
+Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
+
+
+def resolve_lora_layers(names: str, config: dict[str, Any]) -> Targets:
+    """The linear layers that `--lora_layers` means. Raises UserError.
 
     A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
     (`ff.net.0.proj`, `ff.net.2`) mean this model's.
@@ -1575,15 +1685,15 @@ def resolve_lora_layers(names, config):
     return resolved
 
 
-def leave_inputs_alone(transformer):
+def disable_input_casts(transformer: ZImageTransformer2DModel) -> None:
     """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
 
 
-def add_lora(transformer, targets, run):
-    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Gives its parameters."""
+def add_lora(transformer: ZImageTransformer2DModel, targets: Targets, run: Run) -> list[torch.nn.Parameter]:
+    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Returns its parameters."""
     args = run.args
     torch.manual_seed(run.seed)
     transformer.add_adapter(
@@ -1598,47 +1708,41 @@ def add_lora(transformer, targets, run):
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
         parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
-    leave_inputs_alone(transformer)
+    disable_input_casts(transformer)
     return parameters
 
 
-def freeze_base_adapter(transformer):
+def freeze_base_adapter(transformer: ZImageTransformer2DModel) -> None:
     """PEFT makes every active adapter trainable: not this one."""
     for name, parameter in transformer.named_parameters():
         if ".base." in name:
             parameter.requires_grad_(False)
 
 
-def read_base_adapter(args):
+def read_base_adapter(args: argparse.Namespace) -> tuple[State, dict | None, float]:
     """The tensors, metadata and weight of `--base_adapter`. Raises UserError."""
     path, _, weight = args.base_adapter.rpartition(":")
     try:
         weight = float(weight)
     except ValueError:
         path, weight = args.base_adapter, 1.0
-    try:
+    with user_errors(f"--base_adapter {path} cannot be loaded as a LoRA"):
         state, metadata = ZImagePipeline.lora_state_dict(path, cache_dir=args.cache_dir, return_lora_metadata=True)
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(f"--base_adapter {path} cannot be loaded as a LoRA: {first_line(error)}") from None
     state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
     return state, metadata, weight
 
 
-def wear_base_adapter(transformer, args):
+def load_base_adapter(transformer: ZImageTransformer2DModel, args: argparse.Namespace) -> None:
     """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
     state, metadata, weight = read_base_adapter(args)
-    try:
+    with user_errors(f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA"):
         transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
-    except Exception as error:  # the libraries raise their own for each way in which a file can be wrong
-        raise UserError(
-            f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA: {first_line(error)}"
-        ) from None
     transformer.set_adapters(["default", "base"], [1.0, weight])
     freeze_base_adapter(transformer)
-    leave_inputs_alone(transformer)
+    disable_input_casts(transformer)
 
 
-def lora_metadata(transformer):
+def lora_metadata(transformer: ZImageTransformer2DModel) -> dict[str, Any]:
     """The adapter's settings as diffusers stores them in the file: those that every version of PEFT knows."""
     config = transformer.peft_config["default"]
     return {
@@ -1649,8 +1753,11 @@ def lora_metadata(transformer):
     }
 
 
-def save_lora(transformer, folder, dtype):
-    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all."""
+def save_lora(transformer: ZImageTransformer2DModel, folder: Path, dtype: torch.dtype) -> State:
+    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all.
+
+    Returns its tensors, under the names of the model's modules.
+    """
     state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
     ZImagePipeline.save_lora_weights(
         folder,
@@ -1662,7 +1769,7 @@ def save_lora(transformer, folder, dtype):
     return state
 
 
-def load_lora(transformer, folder):
+def load_lora(transformer: ZImageTransformer2DModel, folder: Path) -> None:
     """Load what `save_lora` wrote into the adapter. Raises UserError where it belongs to another model."""
     state = {k.removeprefix("transformer."): v for k, v in load_file(Path(folder, LORA_FILE)).items()}
     expected = get_peft_model_state_dict(transformer)
@@ -1671,25 +1778,25 @@ def load_lora(transformer, folder):
     set_peft_model_state_dict(transformer, state)
 
 
-def lora_modules(state):
+def lora_modules(state: State) -> list[str]:
     """The names of the modules that a LoRA changes."""
     return [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
 
 
-def effect(state, module):
+def lora_effect(state: State, module: str) -> Tensor:
     """What the pair of matrices does to a vector of ones, [out], before scaling."""
     down, up = (state[f"{module}.lora_{part}.weight"].float() for part in "AB")
     return up @ down.sum(1)
 
 
-def comfyui_state(state, alpha):
-    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor beside each pair."""
+def comfyui_state(state: State, alpha: float) -> State:
+    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor for each pair."""
     comfyui = {f"diffusion_model.{name}": tensor for name, tensor in state.items()}
     alphas = {f"diffusion_model.{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
     return comfyui | alphas
 
 
-def save_result(transformer, run):
+def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
     """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
     args = run.args
     folder = Path(args.output_dir)
@@ -1706,8 +1813,8 @@ def save_result(transformer, run):
     for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
         loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
         for name in lora_modules(state):
-            expected = scale * effect(state, name)
-            if (scale_as_read * effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
+            expected = scale * lora_effect(state, name)
+            if (scale_as_read * lora_effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
                 raise TrainingError(f"{file} does not read back as it was written: {name}")
 
 
@@ -1716,7 +1823,19 @@ def save_result(transformer, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def training_sigmas(scheduler, shift=None):
+@dataclasses.dataclass
+class MicroBatch:
+    """B samples that go through the transformer at once. Either latents or the pixels to encode are there."""
+
+    noise: Tensor  # [B, C, h, w]
+    sigmas: Tensor  # [B], noise level in (0, 1]
+    weights: Tensor  # [B], of each sample's loss in the update
+    prompt_embeds: list[Tensor]  # B of [L, D]
+    latents: Tensor | None = None  # [B, C, h, w]
+    pixels: Tensor | None = None  # [B, 3, H, W] in [-1, 1]
+
+
+def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None = None) -> Tensor:
     """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
     if shift is None:
         return scheduler.sigmas.flip(0)
@@ -1725,7 +1844,7 @@ def training_sigmas(scheduler, shift=None):
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def sample_sigmas(sigmas, args, generator):
+def sample_sigma(sigmas: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
     """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
     u = compute_density_for_timestep_sampling(
         args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
@@ -1733,38 +1852,59 @@ def sample_sigmas(sigmas, args, generator):
     return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
 
 
-def predict_velocity(transformer, latents, sigmas, prompt_embeds, dtype):
+def predict_velocity(
+    transformer: ZImageTransformer2DModel,
+    latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
     """The model's velocity d x_sigma / d sigma, [B, C, h, w] float32: its calling convention lives here alone.
 
     latents [B, C, h, w]; sigmas [B]; prompt_embeds: B of [L, D]. The model takes lists, a frame axis and time that
-    runs from noise (0) to data (1), and gives the negated velocity, as in `ZImagePipeline.__call__`.
+    runs from noise (0) to data (1), and returns the negated velocity, as in `ZImagePipeline.__call__`.
     """
+    assert latents.ndim == 4 and sigmas.shape == (len(latents),) and len(prompt_embeds) == len(latents)
+    assert all(embed.ndim == 2 for embed in prompt_embeds)
     output = transformer(
         list(latents.to(dtype).unsqueeze(2).unbind(0)),
         (1000 - sigmas * 1000) / 1000,
         prompt_embeds,
         return_dict=False,
     )[0]
-    return -torch.stack(output).squeeze(2).float()
+    velocity = -torch.stack(output).squeeze(2).float()
+    assert velocity.shape == latents.shape
+    return velocity
 
 
-def flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme):
+def flow_matching_loss(
+    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str
+) -> Tensor:
     """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
 
     Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
     """
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    return weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
+    losses = weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
+    assert losses.shape == (len(latents),) and losses.dtype == torch.float32
+    return losses
 
 
-def training_loss(transformer, vae, batch, weighting_scheme, run):
+def training_loss(
+    transformer: ZImageTransformer2DModel,
+    vae: AutoencoderKL | None,
+    batch: MicroBatch,
+    weighting_scheme: str,
+    run: Run,
+) -> Tensor:
     """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
     to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
-    noise, sigmas, weights = (to_device(batch[name]) for name in ("noise", "sigmas", "weights"))
-    latents = to_device(batch["latents"]) if "latents" in batch else encode_images(vae, batch["pixels"], run)
+    noise, sigmas, weights = (to_device(tensor) for tensor in (batch.noise, batch.sigmas, batch.weights))
+    latents = encode_images(vae, batch.pixels, run) if batch.latents is None else to_device(batch.latents)
+    assert latents.shape == noise.shape and weights.shape == sigmas.shape == (len(latents),)
     level = sigmas[:, None, None, None]
     noisy_latents = (1 - level) * latents + level * noise
-    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch["prompt_embeds"]]
+    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch.prompt_embeds]
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
     losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
@@ -1776,164 +1916,108 @@ def training_loss(transformer, vae, batch, weighting_scheme, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sample:
     """One example's turn in training."""
 
+    example: Example
     number: int  # in the run; with the seed, it decides everything random about the sample
-    kind: str  # "instance" or "class"
-    index: int  # of the example
     prompt: str
+    crop: tuple[float, float]  # where to cut the picture, (vertical, horizontal) in [0, 1]
     flip: bool
     weight: float  # of its loss in the update
 
 
-class Schedule(NamedTuple):
-    """How long the run is, and what an update takes."""
-
-    samples_per_epoch: int
-    total_batch_size: int  # instance samples in an update, over all processes and micro-batches
-    updates_per_epoch: int
-    max_train_steps: int
-    learning_rate: float
-
-
-def make_schedule(args, num_pictures, num_processes):
-    """The run's schedule, from the flags and the number of instance pictures."""
-    samples = num_pictures * args.repeats
-    total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    updates = math.ceil(samples / total_batch_size)
-    return Schedule(
-        samples,
-        total_batch_size,
-        updates,
-        args.max_train_steps or args.num_train_epochs * updates,
-        args.learning_rate * (total_batch_size if args.scale_lr else 1),
-    )
-
-
-class BucketBatchSampler:
-    """Decides, as a function of the seed alone, which samples make each update and how a process goes through them.
+class TrainingPlan:
+    """How long the run is and, as a function of the seed alone, which samples make each update.
 
     An update takes `train_batch_size * gradient_accumulation_steps * num_processes` instance samples, of one bucket
     as long as that bucket lasts and then of what is left over, and with prior preservation as many class samples, the
-    class images taking turns. Only an epoch's last update can be smaller. How many processes and micro-batches share
-    an update does not change what is in it.
+    class images taking turns. Only an epoch's last update can be smaller. How many processes and micro-batches an
+    update is divided into does not change what is in it.
+
+    `prompt_embeds`, {prompt: [L, D]}, is needed for the samples, not for the numbers.
     """
 
-    def __init__(self, dataset, schedule, first_update, run):
-        self.examples, self.buckets, self.prompt_embeds = dataset.examples, dataset.buckets, dataset.prompt_embeds
-        self.schedule, self.first_update, self.args, self.seed = schedule, first_update, run.args, run.seed
+    def __init__(self, examples: Examples, run: Run, prompt_embeds: dict[str, Tensor] | None = None) -> None:
+        self.examples, self.prompt_embeds = examples, prompt_embeds
+        self.args, self.seed = run.args, run.seed
         self.num_processes, self.process_index = run.accelerator.num_processes, run.accelerator.process_index
         self.lockstep = run.sharded  # then every process must run as many forward passes as the others
+        self.samples_per_epoch = sum(example.repeats for example in examples["instance"])
+        self.total_batch_size = (
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.num_processes
+        )  # instance samples in an update
+        self.updates_per_epoch = math.ceil(self.samples_per_epoch / self.total_batch_size)
+        self.max_train_steps = self.args.max_train_steps or self.args.num_train_epochs * self.updates_per_epoch
+        self.learning_rate = self.args.learning_rate * (self.total_batch_size if self.args.scale_lr else 1)
         self.epoch = functools.lru_cache(maxsize=2)(self.plan_epoch)
         self.micro_batches = functools.lru_cache(maxsize=256)(self.plan_micro_batches)
 
-    def __iter__(self):
-        """This process's micro-batches from update `first_update` to the end of the run."""
-        for step in range(self.first_update, self.schedule.max_train_steps):
-            yield from self.micro_batches(step)
-
-    def key(self, sample):
+    def key(self, sample: Sample) -> tuple[int, int, int]:
         """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
         tokens = math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE)
-        return (*self.buckets[sample.kind][sample.index], tokens)
+        return (*sample.example.bucket, tokens)
 
-    def draw(self, kind, number, index):
-        """The sample of that number: its flip and whether its caption is dropped."""
-        flip, dropout = torch.rand(2, generator=seeded_generator(self.seed, "draw", kind, number)).tolist()
-        prompt = "" if dropout < self.args.caption_dropout else self.examples[kind][index].caption
-        return Sample(number, kind, index, prompt, self.args.random_flip and flip < 0.5, 1.0)
+    def draw(self, example: Example, number: int) -> Sample:
+        """The sample of that number: its crop, its flip, and whether its caption is dropped."""
+        flip, dropout = torch.rand(2, generator=seeded_generator(self.seed, "draw", example.kind, number)).tolist()
+        prompt = "" if dropout < self.args.caption_dropout else example.caption
+        crop = draw_crop(example, self.args, self.seed, example.kind, number)
+        return Sample(example, number, prompt, crop, self.args.random_flip and flip < 0.5, 1.0)
 
-    def plan_epoch(self, epoch):
-        """The instance samples of each update of an epoch, as a list of lists."""
+    def plan_epoch(self, epoch: int) -> list[list[Sample]]:
+        """The instance samples of each update of an epoch."""
         generator = seeded_generator(self.seed, "order", epoch)
-        by_key = {}
-        for position, slot in enumerate(torch.randperm(self.schedule.samples_per_epoch, generator=generator).tolist()):
-            number = epoch * self.schedule.samples_per_epoch + position
-            sample = self.draw("instance", number, slot % len(self.examples["instance"]))
+        instances, by_key = self.examples["instance"], {}
+        for position, slot in enumerate(torch.randperm(self.samples_per_epoch, generator=generator).tolist()):
+            sample = self.draw(instances[slot % len(instances)], epoch * self.samples_per_epoch + position)
             by_key.setdefault(self.key(sample), []).append(sample)
-        size = self.schedule.total_batch_size
-        whole = {key: len(samples) // size * size for key, samples in by_key.items()}
-        updates = [by_key[key][i : i + size] for key in by_key for i in range(0, whole[key], size)]
-        rest = [sample for key in sorted(by_key) for sample in by_key[key][whole[key] :]]
+        size = self.total_batch_size
+        whole_updates = {key: len(samples) // size * size for key, samples in by_key.items()}
+        updates = [by_key[key][i : i + size] for key in by_key for i in range(0, whole_updates[key], size)]
+        rest = [sample for key in sorted(by_key) for sample in by_key[key][whole_updates[key] :]]
         updates += [rest[i : i + size] for i in range(0, len(rest), size)]
         return [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()]
 
-    def update(self, step):
+    def update(self, step: int) -> list[Sample]:
         """All samples of update `step` (from 0), weighted so that the sum of their losses is the objective."""
-        epoch, position = divmod(step, self.schedule.updates_per_epoch)
+        epoch, position = divmod(step, self.updates_per_epoch)
         instances = self.epoch(epoch)[position]
-        samples = [sample._replace(weight=1 / len(instances)) for sample in instances]
+        samples = [dataclasses.replace(sample, weight=1 / len(instances)) for sample in instances]
         if self.args.with_prior_preservation:
             weight = self.args.prior_loss_weight / len(instances)
-            for number in (sample.number for sample in instances):
-                prior = self.draw("class", number, number % len(self.examples["class"]))
-                samples.append(prior._replace(weight=weight))
+            for sample in instances:
+                prior = self.draw(self.examples["class"][sample.number % len(self.examples["class"])], sample.number)
+                samples.append(dataclasses.replace(prior, weight=weight))
         return sorted(samples, key=self.key)
 
-    def plan_micro_batches(self, step):
-        """This process's share of an update, as lists of at most `train_batch_size` samples of one key."""
+    def plan_micro_batches(self, step: int) -> list[list[Sample]]:
+        """This process's part of an update, as lists of at most `train_batch_size` samples of one key."""
         samples = self.update(step)
-        batches = self.share(samples, self.process_index)
+        batches = self.divide(samples, self.process_index)
         if self.lockstep:
-            most = max(len(self.share(samples, process)) for process in range(self.num_processes))
-            batches += [[samples[0]._replace(weight=0.0)]] * (most - len(batches))
+            most = max(len(self.divide(samples, process)) for process in range(self.num_processes))
+            batches += [[dataclasses.replace(samples[0], weight=0.0)]] * (most - len(batches))
         return batches
 
-    def share(self, samples, process):
+    def divide(self, samples: list[Sample], process: int) -> list[list[Sample]]:
         """The micro-batches of one process."""
-        start, end = (len(samples) * p // self.num_processes for p in (process, process + 1))
-        batches = []
-        for _, group in itertools.groupby(samples[start:end], key=self.key):
-            group = list(group)
-            batches += [
-                group[i : i + self.args.train_batch_size] for i in range(0, len(group), self.args.train_batch_size)
-            ]
+        first, end = (len(samples) * p // self.num_processes for p in (process, process + 1))
+        batches, size = [], self.args.train_batch_size
+        for _, group in itertools.groupby(samples[first:end], key=self.key):
+            same = list(group)
+            batches += [same[i : i + size] for i in range(0, len(same), size)]
         return batches
 
 
-class DreamBoothDataset(Dataset):
-    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
-
-    examples, buckets: {"instance": [...], "class": [...], "held-out": [...]}; prompt_embeds: {prompt: [L, D]};
-    sigmas: [1000], ascending; latents: {(kind, index, flip): [C, h, w]} of those that are cached.
-    """
-
-    def __init__(self, examples, buckets, prompt_embeds, sigmas, run):
-        self.examples, self.buckets, self.prompt_embeds, self.sigmas = examples, buckets, prompt_embeds, sigmas
-        self.model, self.args, self.seed = run.model, run.args, run.seed
-        self.latents = {}
-
-    def pixels(self, kind, index, flip, *draw):
-        """An example's picture as [3, H, W] in [-1, 1], its crop a function of `draw`."""
-        generator = seeded_generator("crop", *draw)
-        centered = self.args.center_crop or kind == "held-out"
-        crop = (0.5, 0.5) if centered else torch.rand(2, generator=generator).tolist()
-        example = self.examples[kind][index]
-        return fit_to_bucket(decode_image(example.name, example.source), self.buckets[kind][index], crop, flip)
-
-    def __getitem__(self, sample):
-        item = {"sample": sample, "prompt_embeds": self.prompt_embeds[sample.prompt]}
-        if self.args.cache_latents:
-            item["latents"] = self.latents[sample.kind, sample.index, sample.flip]
-        else:
-            item["pixels"] = self.pixels(sample.kind, sample.index, sample.flip, self.seed, sample.kind, sample.number)
-        generator = seeded_generator(self.seed, "objective", sample.kind, sample.number)
-        item["sigmas"] = sample_sigmas(self.sigmas, self.args, generator)
-        item["noise"] = torch.randn(
-            self.model.latent_shape(self.buckets[sample.kind][sample.index]), generator=generator
-        )
-        return item
-
-
-def collate(items):
+def collate(items: list[dict[str, Any]]) -> MicroBatch:
     """A micro-batch: tensors stacked to [B, ...], the prompt embeddings (of different lengths) as a list."""
-    batch = {key: [item[key] for item in items] for key in items[0]}
-    batch["weights"] = [torch.tensor(sample.weight) for sample in batch.pop("sample")]
-    return {key: values if key == "prompt_embeds" else torch.stack(values) for key, values in batch.items()}
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    return MicroBatch(**{name: c if name == "prompt_embeds" else torch.stack(c) for name, c in columns.items()})
 
 
-def tie_to_main(worker):
+def tie_to_main(worker: int) -> None:
     """Ctrl-C and some clusters signal every process: the main one decides. A worker ends with it, however early."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -1942,24 +2026,75 @@ def tie_to_main(worker):
         os._exit(1)
 
 
+class TrainingData(Dataset):
+    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
+
+    sigmas: [1000], ascending; latents: {(example, flip): [C, h, w]} of the examples that are cached.
+    """
+
+    def __init__(self, plan: TrainingPlan, sigmas: Tensor, run: Run) -> None:
+        self.plan, self.sigmas, self.pipeline, self.args = plan, sigmas, run.pipeline, run.args
+        self.pin_memory = run.accelerator.device.type == "cuda"
+        self.latents: dict[tuple[Example, bool], Tensor] = {}
+        self.vae: AutoencoderKL | None = None  # where latents are not cached
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        example, embed = sample.example, self.plan.prompt_embeds[sample.prompt]
+        generator = seeded_generator(self.plan.seed, "objective", example.kind, sample.number)
+        item = {
+            "sigmas": sample_sigma(self.sigmas, self.args, generator),
+            "noise": torch.randn(self.pipeline.latent_shape(example.bucket), generator=generator),
+            "weights": torch.tensor(sample.weight),
+            "prompt_embeds": embed,
+        }
+        if self.args.cache_latents:
+            item["latents"] = self.latents[example, sample.flip]
+            assert item["latents"].shape == item["noise"].shape
+        else:
+            item["pixels"] = load_pixels(example, sample.crop, sample.flip)
+        return item
+
+    def read(self, first_update: int) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
+        """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run."""
+        steps = range(first_update, self.plan.max_train_steps)
+        loader = DataLoader(
+            self,
+            batch_sampler=itertools.chain.from_iterable(map(self.plan.micro_batches, steps)),
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=tie_to_main,
+            pin_memory=self.pin_memory,
+        )
+        batches = iter(loader)
+        for step in steps:
+            yield step + 1, itertools.islice(batches, len(self.plan.micro_batches(step)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing and validation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
+def draw_images(
+    transformer: ZImageTransformer2DModel,
+    vae: AutoencoderKL,
+    prompt: str,
+    generators: list[torch.Generator],
+    prompt_embeds: dict[str, Tensor],
+    run: Run,
+) -> list[Image.Image]:
     """Pictures of a prompt, one for each generator, at `--resolution` and `--guidance_scale`.
 
     The noise is drawn on the CPU, so that it is the same on every device; the VAE decodes in its own precision.
     """
     args = run.args
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.model.scheduler.config)  # the pipeline changes it
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
-    pipeline.vae_scale_factor = run.model.vae_scale_factor
+    pipeline.vae_scale_factor = run.pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
     noise = torch.stack(
-        [torch.randn(run.model.latent_shape([round_size(args.resolution)] * 2), generator=g) for g in generators]
+        [torch.randn(run.pipeline.latent_shape([round_size(args.resolution)] * 2), generator=g) for g in generators]
     )
     steps = {"num_inference_steps": args.validation_num_inference_steps} if args.validation_num_inference_steps else {}
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
@@ -1976,22 +2111,22 @@ def draw_images(transformer, vae, prompt, generators, prompt_embeds, run):
     return pipeline.image_processor.postprocess(decode_latents(vae, latents, run))
 
 
-def class_image_path(folder, number):
+def class_image_path(folder: Path, number: int) -> Path:
     """The file of a generated class picture."""
     return folder / f"class-{number:05d}.png"
 
 
-def generate_class_images(missing, prompt_embeds, run):
-    """Draw `missing` pictures of `--class_prompt` into the class folder, shared out among the processes."""
+def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
+    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
     args, folder = run.args, Path(run.args.class_data_dir)
     precision = args.prior_generation_precision or run.accelerator.mixed_precision
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    transformer = run.model.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
+    transformer = run.pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
-    mine = run.share(free[:missing])
-    batches = [mine[start : start + args.sample_batch_size] for start in range(0, len(mine), args.sample_batch_size)]
+    own, size = run.own_part(free[:missing]), args.sample_batch_size
+    batches = [own[first : first + size] for first in range(0, len(own), size)]
     vae = load_vae(run)
     for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
@@ -1999,12 +2134,12 @@ def generate_class_images(missing, prompt_embeds, run):
         for number, image in zip(numbers, images, strict=True):
             save_picture(image, class_image_path(folder, number))
     del transformer, vae
-    end_stage()
+    release_memory()
     run.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def borrowed(transformer):
+def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
     """The transformer as it will be used: in eval mode, uncompiled, without `--base_adapter`; afterwards as before."""
     layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
     scales = [layer.scaling["base"] for layer in layers]
@@ -2021,18 +2156,20 @@ def borrowed(transformer):
 
 
 @contextlib.contextmanager
-def drawing_transformer(transformer, model, run):
-    """The transformer that draws: the one in training, or that of another `model` wearing the same LoRA.
+def drawing_transformer(
+    transformer: ZImageTransformer2DModel, pipeline: PipelineInfo, run: Run
+) -> Iterator[ZImageTransformer2DModel]:
+    """The transformer that draws: the one in training, or that of another `pipeline` with the same LoRA.
 
     The two are on the device by turns.
     """
-    if model is run.model:
-        with borrowed(transformer):
+    if pipeline is run.pipeline:
+        with eval_mode(transformer):
             yield transformer
         return
     device = run.accelerator.device
     transformer.to("cpu")
-    drawing = model.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
+    drawing = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
     with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
@@ -2040,11 +2177,11 @@ def drawing_transformer(transformer, model, run):
     with torch.no_grad():
         yield drawing
     del drawing
-    end_stage()
+    release_memory()
     transformer.to(device)
 
 
-def log_picture(tracker, prompt, text, picture, step):
+def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
     """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
     key = f"validation/prompt-{prompt}"  # some make a file's name of it
     label = f"validation/{prompt}: {text[:60]}"
@@ -2066,7 +2203,7 @@ def log_picture(tracker, prompt, text, picture, step):
             tracker.tracker.log_image(f"{key}/{step}.png", picture)
 
 
-def wrap_text(text, font, width, max_lines=4):
+def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int = 4) -> list[str]:
     """Lines of `text` that are at most `width` pixels wide, broken at spaces and between Chinese characters."""
     lines = [""]
     for piece in re.findall(r"\s+|[\u2e80-\uffef][,.:;!?\u3001-\u3011\uff00-\uff1f]*|[^\s\u2e80-\uffef]+", text[:500]):
@@ -2085,13 +2222,13 @@ def wrap_text(text, font, width, max_lines=4):
     return [line.rstrip() for line in lines]
 
 
-def missing_glyphs(font, text):
+def missing_glyphs(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
     """The characters of `text` for which a font has no picture."""
     absent = bytes(font.getmask("\uffff"))
     return {character for character in text if not character.isspace() and bytes(font.getmask(character)) == absent}
 
 
-def caption_font(size, text):
+def caption_font(size: int, text: str) -> ImageFont.FreeTypeFont:
     """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
     fonts = [ImageFont.load_default(size)]
     for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
@@ -2103,7 +2240,7 @@ def caption_font(size, text):
     return min(fonts, key=lambda font: len(missing_glyphs(font, text)))
 
 
-def save_sheet(rows, row_labels, column_labels, path):
+def save_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], path: Path) -> None:
     """Save pictures as a labelled grid: large ones at 256 pixels, small ones enlarged until labels can be read."""
     size = max(rows[0][0].size)
     side = min(256, size * math.ceil(128 / size))
@@ -2129,7 +2266,7 @@ def save_sheet(rows, row_labels, column_labels, path):
     save_picture(sheet, path)
 
 
-def thumbnail(file):
+def thumbnail(file: Path) -> Image.Image:
     """A saved picture at no more than the size that it has in a sheet."""
     with Image.open(file) as image:
         image.load()
@@ -2137,7 +2274,7 @@ def thumbnail(file):
     return image
 
 
-def save_contact_sheet(folder, prompts):
+def save_contact_sheet(folder: Path, prompts: list[str]) -> None:
     """Save the first picture of every prompt at every validation so far: steps down, prompts across."""
     steps = sorted({path.name[5:11] for path in folder.glob("step-*-prompt-0-image-0.png")})
     rows = {
@@ -2149,8 +2286,10 @@ def save_contact_sheet(folder, prompts):
     save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
 
 
-def save_validation_images(images, prompts, step, run):
-    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; gives the files."""
+def save_validation_images(
+    images: dict[tuple[int, int], Image.Image], prompts: list[str], step: int, run: Run
+) -> list[Path]:
+    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; returns the files."""
     folder = Path(run.args.output_dir, "samples")
     folder.mkdir(parents=True, exist_ok=True)
     kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
@@ -2170,26 +2309,28 @@ def save_validation_images(images, prompts, step, run):
     return list(files.values())
 
 
-def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
+def draw_validation_images(
+    transformer: ZImageTransformer2DModel, prompts: list[str], step: int, prompt_embeds: dict[str, Tensor], run: Run
+) -> list[Path]:
     """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
 
     Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation. Gives the pictures' files, on the main process.
+    Picture i of a prompt has the same noise at every validation. Returns the pictures' files, on the main process.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
-    vae, drawn, model = load_vae(run), [], validation_model(run)
-    with drawing_transformer(transformer, model, run) as drawing:
-        for prompt, number in jobs if run.sharded else run.share(jobs):
+    vae, drawn, pipeline = load_vae(run), [], validation_pipeline(run)
+    with drawing_transformer(transformer, pipeline, run) as drawing:
+        for prompt, number in jobs if run.sharded else run.own_part(jobs):
             generator = seeded_generator(run.seed, "validation", number)
-            drawing_run = dataclasses.replace(run, model=model)
+            drawing_run = dataclasses.replace(run, pipeline=pipeline)
             image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
             drawn.append(((prompt, number), image))
     del vae
-    end_stage()
+    release_memory()
     images = dict(drawn if run.sharded else gather_object(drawn))
     if not run.accelerator.is_main_process:
         return []
-    with training_goes_on("The pictures"):
+    with warn_if_unwritable("The pictures"):
         return save_validation_images(images, prompts, step, run)
     return []
 
@@ -2197,29 +2338,29 @@ def draw_validation_images(transformer, prompts, step, prompt_embeds, run):
 HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
 
 
-def held_out_loss(transformer, dataset, run):
+def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> dict[str, float]:
     """The flow-matching loss on the held-out pictures: {"": mean, "_low": ..., "_middle": ..., "_high": ...}.
 
     Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
     a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
     """
-    pictures, losses = len(dataset.examples["held-out"]), []
-    jobs = [(k, j) for k in range(pictures) for j in range(HELD_OUT_LEVELS)]
-    for k, j in jobs if run.sharded else run.share(jobs):
-        level = (j + (k + 0.5) / pictures) / HELD_OUT_LEVELS
-        latents = dataset.latents["held-out", k, False]
+    examples, losses = data.plan.examples["held-out"], []
+    jobs = [(k, j) for k in range(len(examples)) for j in range(HELD_OUT_LEVELS)]
+    for k, j in jobs if run.sharded else run.own_part(jobs):
+        level = (j + (k + 0.5) / len(examples)) / HELD_OUT_LEVELS
+        latents = data.latents[examples[k], False]
         noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
-        batch = {
-            "latents": latents[None],
-            "noise": noise[None],
-            "sigmas": dataset.sigmas[int(level * len(dataset.sigmas))][None],
-            "weights": torch.ones(1),
-            "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][k].caption]],
-        }
+        batch = MicroBatch(
+            noise[None],
+            sigmas=data.sigmas[int(level * len(data.sigmas))][None],
+            weights=torch.ones(1),
+            prompt_embeds=[data.plan.prompt_embeds[examples[k].caption]],
+            latents=latents[None],
+        )
         losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
     losses = losses if run.sharded else gather_object(losses)
     third = HELD_OUT_LEVELS // 3
-    low, middle, high = (range(start, start + third) for start in (0, third, 2 * third))
+    low, middle, high = (range(first, first + third) for first in (0, third, 2 * third))
     bands = {"": range(HELD_OUT_LEVELS), "_low": low, "_middle": middle, "_high": high}
     return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
 
@@ -2227,36 +2368,38 @@ def held_out_loss(transformer, dataset, run):
 class Validation:
     """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
 
-    def __init__(self, transformer, dataset, checkpoint, run):
-        self.transformer, self.dataset, self.run = transformer, dataset, run
-        self.history = checkpoint.manifest["held_out"] if checkpoint else []  # [[held-out loss, step]]
+    def __init__(
+        self, transformer: ZImageTransformer2DModel, history: list[list], data: TrainingData, run: Run
+    ) -> None:
+        self.transformer, self.data, self.run = transformer, data, run
+        self.history = history  # of the training state: [[held-out loss, step], ...]
         self.base = None  # held-out losses of the untrained model
-        if "held-out" in dataset.examples:
-            with borrowed(transformer):
-                transformer.disable_adapters()
-                self.base = held_out_loss(transformer, dataset, run)
-                transformer.enable_adapters()
-            freeze_base_adapter(transformer)
+        if "held-out" in data.plan.examples:
+            with eval_mode(self.transformer):
+                self.transformer.disable_adapters()
+                self.base = held_out_loss(self.transformer, data, run)
+                self.transformer.enable_adapters()
+            freeze_base_adapter(self.transformer)
 
-    def __call__(self, step, final=False):
-        """Validate at `step`; gives the files of the pictures."""
+    def __call__(self, step: int, final: bool = False) -> list[Path]:
+        """Validate at `step`; returns the files of the pictures, on the main process."""
         if self.base is not None:
-            with borrowed(self.transformer):
-                losses = held_out_loss(self.transformer, self.dataset, self.run)
+            with eval_mode(self.transformer):
+                losses = held_out_loss(self.transformer, self.data, self.run)
             metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
             metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
             self.run.accelerator.log(metrics, step=step)
             logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
             self.history.append([losses[""], step])
             if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
-                with training_goes_on("best/"):
+                with warn_if_unwritable("best/"):
                     save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
         prompts = validation_prompts(self.run.args, final)
         if not prompts:
             return []
-        return draw_validation_images(self.transformer, prompts, step, self.dataset.prompt_embeds, self.run)
+        return draw_validation_images(self.transformer, prompts, step, self.data.plan.prompt_embeds, self.run)
 
-    def summary(self):
+    def summary(self) -> str:
         """What was learned, in numbers, as a line; nothing without held-out pictures."""
         if self.base is None:
             return ""
@@ -2270,7 +2413,9 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(parameters, args, learning_rate):
+def build_optimizer(
+    parameters: list[torch.nn.Parameter], args: argparse.Namespace, learning_rate: float
+) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy. Raises UserError where its library is missing."""
     shared = {
         "lr": learning_rate,
@@ -2300,8 +2445,10 @@ def build_optimizer(parameters, args, learning_rate):
     return torch.optim.AdamW(parameters, **shared, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def build_lr_scheduler(optimizer, args, max_train_steps, step):
-    """diffusers' schedule by name, standing at update `step`: it is a function of the step and needs no state."""
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """diffusers' schedule by name: the learning rate as a function of the step."""
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -2309,20 +2456,22 @@ def build_lr_scheduler(optimizer, args, max_train_steps, step):
         num_training_steps=max_train_steps,
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
-        last_epoch=step - 1,
     )
 
 
-def effective_learning_rate(optimizer):
+def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """What the weights move by: for Prodigy, its estimate d times the learning rate."""
     group = optimizer.param_groups[0]
     return group["lr"] * group.get("d", 1.0)
 
 
-def sum_over_processes(parameters, loss, stop_requested, accelerator):
-    """Add up gradients and loss over the processes, in one exchange; gives the loss and whether any asks to stop.
+def sum_over_processes(
+    parameters: list[torch.nn.Parameter], loss: Tensor, stop_requested: bool, accelerator: Accelerator
+) -> tuple[Tensor, bool]:
+    """Add up gradients and loss over the processes, in one exchange; returns the loss and whether any asks to stop.
 
-    The LoRA is small, so every process holds all of it and its gradients; only the frozen base is ever sharded.
+    The LoRA is small, so every process holds all of it and its gradients; only the frozen base is ever sharded. A
+    wrapped model would average the gradients of each backward pass instead, in as many exchanges.
     """
     for parameter in parameters:
         if parameter.grad is None:  # this process had no sample in the update
@@ -2336,63 +2485,92 @@ def sum_over_processes(parameters, loss, stop_requested, accelerator):
     return flat[-2], flat[-1].item() > 0
 
 
-class Checkpoint(NamedTuple):
-    """A complete checkpoint folder and its manifest."""
+@dataclasses.dataclass
+class TrainingState:
+    """All that changes while training, and all that a resumed run needs of the one that was stopped."""
+
+    transformer: ZImageTransformer2DModel
+    parameters: list[torch.nn.Parameter]  # of its LoRA, float32
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler | None  # accelerate's, of fp16 alone
+    step: int = 0  # updates that are done
+    held_out: list[list] = dataclasses.field(default_factory=list)  # [[held-out loss, step], ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the LoRA in float32 and `training_state.pt`: tensors and plain values, by names of torch's own."""
+        save_lora(self.transformer, folder, torch.float32)
+        state = {
+            "step": self.step,
+            "held_out": self.held_out,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler and self.scaler.state_dict(),
+        }
+        torch.save(state, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote. Raises UserError where it does not fit, or holds anything but plain data.
+
+        Learning rates stay the command line's: its schedule is a function of the step and needs no state.
+        """
+        load_lora(self.transformer, folder)
+        with user_errors(f"{folder / STATE_FILE} is not a training state of tensors and plain values"):
+            saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+            rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.scaler and saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])
+            self.step = self.lr_scheduler.last_epoch = saved["step"]
+            self.held_out[:] = saved["held_out"]
+        for group, rate, schedule in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
+            group["initial_lr"], group["lr"] = rate, rate * schedule(self.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder, and what its manifest says of the run."""
 
     path: Path
-    manifest: dict
+    step: int
+    seed: int
+    fingerprint: dict[str, Any]
 
 
-def optimizer_state(optimizer):
-    """What the optimizer keeps for each parameter: {"index/key": tensor on the CPU}, {"index/key": number}."""
-    tensors, numbers = {}, {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value):  # bitsandbytes shares some between parameters, which a file cannot
-                tensors[f"{index}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                numbers[f"{index}/{key}"] = value
-    return tensors, numbers
-
-
-def list_checkpoints(output_dir):
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N`, newest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
 
 
-def save_checkpoint(step, transformer, optimizer, manifest, args):
+def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
 
-    Everything goes into a folder beside, is flushed to the disk, and is renamed into place in one step; the manifest,
-    which lists the size and digest of the other files, is written last. Where that fails, a line says so, the earlier
-    checkpoints stand, and training goes on.
+    Everything goes into a folder of another name, is flushed to the disk, and is renamed into place in one step; the
+    manifest, which lists the size and digest of the other files, is written last. Where that fails, a line says so,
+    the earlier checkpoints stand, and training goes on.
     """
-    output_dir = Path(args.output_dir)
-    final, beside = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
+    output_dir = Path(run.args.output_dir)
+    final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.part"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_lora(transformer, beside, torch.float32)
-        tensors, numbers = optimizer_state(optimizer)
-        save_file(tensors, beside / OPTIMIZER_FILE)
-        files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(beside.iterdir())}
-        rest = {"numbers": numbers, "groups": optimizer.state_dict()["param_groups"]}
-        content = json.loads(json.dumps({"step": step, **manifest, "optimizer": rest, "files": files}))
-        write_json(beside / MANIFEST, {"digest": digest_of(json.dumps(content)), **content})
-        for path in [*beside.iterdir(), beside]:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        state.save(part)
+        files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
+        manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint, "files": files}
+        manifest = json.loads(json.dumps(manifest))
+        write_json(part / MANIFEST, {"digest": digest_of(json.dumps(manifest)), **manifest})
+        for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final.exists():
             remove_folder(final)
-        os.rename(beside, final)
+        os.rename(part, final)
         flush_to_disk(output_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        logger.error(f"{final} could not be saved ({first_line(error)}): training goes on, make room or mend it")
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where a disk is full
+        shutil.rmtree(part, ignore_errors=True)
+        logger.error(f"{final} could not be saved ({first_line(error)}): training goes on; make room or allow writing")
         return
     others = [path for path in list_checkpoints(output_dir) if path != final]
-    for path in others[(args.checkpoints_total_limit or sys.maxsize) - 1 :]:
+    for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
         try:
             remove_folder(path)
         except OSError as error:
@@ -2400,23 +2578,22 @@ def save_checkpoint(step, transformer, optimizer, manifest, args):
     logger.info(f"Saved {final}")
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint. Raises UserError that says what is wrong with it."""
-    try:
+    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with user_errors(f"{path} is not a complete checkpoint of this trainer", *errors):
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest.pop("digest") != digest_of(json.dumps(manifest)):
             raise UserError(f"{path} is damaged: {MANIFEST} is not what was saved")
+        if STATE_FILE not in manifest["files"]:
+            raise UserError(f"{path} is a checkpoint of an earlier version of this trainer, which had no {STATE_FILE}")
         for name, (size, digest) in manifest["files"].items():
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 raise UserError(f"{path} is damaged: {name} is not what was saved")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a complete checkpoint of this trainer: {first_line(error)}") from None
-    return Checkpoint(path, manifest)
+        return Checkpoint(path, manifest["step"], manifest["seed"], manifest["fingerprint"])
 
 
-def find_checkpoint(args):
+def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` means, or None where `latest` finds none. Raises UserError."""
     requested = args.resume_from_checkpoint
     if requested is None:
@@ -2425,10 +2602,8 @@ def find_checkpoint(args):
         path = next((p for p in (Path(requested), Path(args.output_dir, requested)) if p.is_dir()), None)
         if path is None:
             raise UserError(f"--resume_from_checkpoint {requested} is not a folder: check the path")
-        try:
+        with user_errors(f"--resume_from_checkpoint {requested}", UserError):
             return read_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"--resume_from_checkpoint {requested}: {error}") from None
     for path in list_checkpoints(args.output_dir):
         try:
             return read_checkpoint(path)
@@ -2438,32 +2613,38 @@ def find_checkpoint(args):
     return None
 
 
-def load_checkpoint(checkpoint, transformer, optimizer, learning_rate):
-    """Restore the LoRA and the optimizer; gives the number of updates done. Raises UserError where they do not fit."""
-    load_lora(transformer, checkpoint.path)
-    saved = checkpoint.manifest["optimizer"]
-    state = {}
-    for key, value in [*load_file(checkpoint.path / OPTIMIZER_FILE).items(), *saved["numbers"].items()]:
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = learning_rate  # the command line's; its schedule is a function of the step
-    return checkpoint.manifest["step"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def loggable(args: argparse.Namespace) -> dict[str, int | float | str]:
+    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in vars(args).items()
+        if name != "hub_token"
+    }
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
+    if args.hub_token:  # some store the command line, and one asks the kernel for it
+        sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
+        if "swanlab" in map(str, accelerator.log_with):
+            raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
+    with user_errors(f"--report_to {args.report_to} cannot start"):
+        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
+
+
 @functools.cache
-def count_parameters(model):
+def count_parameters(pipeline: PipelineInfo) -> dict[str, int]:
     """{part of the pipeline: its number of parameters}."""
     with torch.device("meta"):
-        text_encoder = transformers.AutoModel.from_config(model.text_config)
-        vae = AutoencoderKL.from_config(model.vae_config)
-        transformer = ZImageTransformer2DModel.from_config(model.transformer_config)
+        text_encoder = transformers.AutoModel.from_config(pipeline.text_config)
+        vae = AutoencoderKL.from_config(pipeline.vae_config)
+        transformer = ZImageTransformer2DModel.from_config(pipeline.transformer_config)
     linear = [m for b in transformer_blocks(transformer) for m in b.modules() if isinstance(m, torch.nn.Linear)]
     return {
         "text encoder": sum(p.numel() for p in text_encoder.parameters()),
@@ -2475,10 +2656,10 @@ def count_parameters(model):
     }
 
 
-def expected_memory(buckets, targets, run):
+def expected_memory(examples: Examples, targets: Targets, run: Run) -> dict[str, float]:
     """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
-    args, config = run.args, run.model.transformer_config
-    width, parameters = run.weight_dtype.itemsize, count_parameters(run.model)
+    args, config = run.args, run.pipeline.transformer_config
+    width, parameters = run.weight_dtype.itemsize, count_parameters(run.pipeline)
     weights = parameters["transformer"] * width
     if args.do_fp8_training:
         weights -= parameters["products"] * (width - 1)
@@ -2497,10 +2678,13 @@ def expected_memory(buckets, targets, run):
         kept *= 0.6  # fused kernels keep less
     if on_cpu:  # measured at full size and at 1024 channels
         kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
-    pixels = max(h * w for sizes in buckets.values() for h, w in sizes or [[round_size(args.resolution)] * 2])
-    tokens = pixels / (2 * run.model.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
+    buckets = {example.bucket for kind in examples for example in examples[kind]}
+    if not all(examples.values()):  # class pictures that are still to be drawn
+        buckets.add((round_size(args.resolution),) * 2)
+    pixels = max(math.prod(bucket) for bucket in buckets)
+    tokens = pixels / (2 * run.pipeline.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
     layers = config["n_layers"] + config["n_refiner_layers"]
-    recomputed = layers * float(run.recomputed_share)
+    recomputed = layers * run.checkpointed_fraction
     in_layers = kept * max(1, layers - recomputed) + (1 if run.offloads else recomputed) * boundary
     activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
     encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
@@ -2519,7 +2703,7 @@ def expected_memory(buckets, targets, run):
     return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
 
 
-def other_flags(buckets, targets, run):
+def other_flags(examples: Examples, targets: Targets, run: Run) -> dict[str, float]:
     """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
     flags = ["gradient_checkpointing", "cache_latents"]
     if run.args.optimizer == "adamw":
@@ -2532,20 +2716,19 @@ def other_flags(buckets, targets, run):
     for flag in flags:
         given = getattr(run.args, flag)
         other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
-        peak = expected_memory(buckets, targets, other)["training"]
+        peak = expected_memory(examples, targets, other)["training"]
         peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
     return peaks
 
 
-def describe_plan(examples, buckets, missing_class_images, targets, schedule, run):
-    """What the run will do, as lines: pictures by size, how much they are scaled and cut, steps, LoRA, memory."""
-    args, lines = run.args, []
+def describe_pictures(examples: Examples) -> list[str]:
+    """The pictures by size, and how much they are scaled and cut, as lines."""
+    lines = []
     for kind, kind_examples in examples.items():
-        pairs = list(zip(kind_examples, buckets[kind], strict=True))
-        lines.append(f"{len(pairs)} {kind} pictures" + (":" if pairs else ", none yet"))
+        lines.append(f"{len(kind_examples)} {kind} pictures" + (":" if kind_examples else ", none yet"))
         by_bucket = {}
-        for example, bucket in pairs:
-            by_bucket.setdefault(bucket, []).append(example.size)
+        for example in kind_examples:
+            by_bucket.setdefault(example.bucket, []).append(example.size)
         for bucket, sizes in sorted(by_bucket.items()):
             scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
             cut = statistics.fmean(
@@ -2556,29 +2739,35 @@ def describe_plan(examples, buckets, missing_class_images, targets, schedule, ru
                 + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
                 + f", {cut:.0%} cut off on average"
             )
-        enlarged = [
-            example.name for example, bucket in pairs if example.size[0] < bucket[0] or example.size[1] < bucket[1]
-        ]
+        enlarged = [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]
         if enlarged:
             lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
         lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(kind_examples)]
+    return lines
+
+
+def describe_plan(
+    examples: Examples, missing_class_images: int, targets: Targets, plan: TrainingPlan, run: Run
+) -> list[str]:
+    """What the run will do, as lines: pictures, steps, LoRA, memory."""
+    args, lines = run.args, describe_pictures(examples)
     if missing_class_images:
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
     if round_size(args.resolution) != args.resolution:
         lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
-    epochs = schedule.max_train_steps / schedule.updates_per_epoch
+    epochs = plan.max_train_steps / plan.updates_per_epoch
     lines.append(
-        f"{schedule.max_train_steps} steps of {schedule.total_batch_size} pictures: {epochs:.1f} epochs "
-        f"of {schedule.samples_per_epoch} samples"
+        f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs:.1f} epochs "
+        f"of {plan.samples_per_epoch} samples"
     )
     for name, paths in targets.items():
         blocks = Counter(path.split(".")[0] for path in paths)
         where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
         lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
-    memory = expected_memory(buckets, targets, run)
+    memory = expected_memory(examples, targets, run)
     lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
     if args.dry_run:
-        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(buckets, targets, run).items()]
+        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(examples, targets, run).items()]
     return lines
 
 
@@ -2595,38 +2784,31 @@ MATHEMATICS = [
 # fmt: on
 
 
-def weights_sample(path):
-    """The last bytes of each file of a transformer, which tell models of one shape apart; on the Hub, its name."""
-    sample = []
-    for file in sorted(Path(path, "transformer").glob("*.safetensors")):
-        with open(file, "rb") as weights:
-            weights.seek(max(0, file.stat().st_size - 4096))
-            sample.append(weights.read())
-    return sample or path
-
-
-def fingerprint(examples, buckets, missing_class_images, targets, schedule, run):
+def make_fingerprint(
+    examples: Examples, missing_class_images: int, targets: Targets, plan: TrainingPlan, run: Run
+) -> dict[str, Any]:
     """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
     instances, quantized_by = examples["instance"], run.args.bnb_quantization_config_path
     data = [
         (Path(e.name).name, e.size, e.source.stat().st_size if isinstance(e.source, Path) else None) for e in instances
     ]
-    return {name: getattr(run.args, name) for name in MATHEMATICS} | {
-        "seed": run.seed,
-        "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
-        "learning_rate": schedule.learning_rate,
-        "max_train_steps": schedule.max_train_steps,
-        "mixed_precision": run.accelerator.mixed_precision,
-        "total batch size": schedule.total_batch_size,
-        "pictures": digest_of(data),
-        "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
-        "training sizes (resolution or aspect_ratio_buckets)": digest_of(buckets["instance"]),
-        "number of class images": len(examples.get("class", [])) + missing_class_images,
-        "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
-        "transformer": digest_of(
-            (sorted(run.model.transformer_config.items(), key=str), weights_sample(run.model.path))
-        ),
-    }
+    return (
+        {name: getattr(run.args, name) for name in MATHEMATICS}
+        | {
+            "seed": run.seed,
+            "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
+            "learning_rate": plan.learning_rate,
+            "max_train_steps": plan.max_train_steps,
+            "mixed_precision": run.accelerator.mixed_precision,
+            "total batch size": plan.total_batch_size,
+            "pictures": digest_of(data),
+            "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
+            "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
+            "number of class images": len(examples.get("class", [])) + missing_class_images,
+            "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
+        }
+        | {component: digest for component, digest in run.pipeline.identity.items() if digest}
+    )
 
 
 # Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
@@ -2634,9 +2816,9 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
               "max_grad_norm", "mixed_precision"}  # fmt: skip
 
 
-def check_fingerprint(checkpoint, current):
+def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
     """Say what differs from the run that is resumed. Raises UserError where the results would not be of one run."""
-    saved = checkpoint.manifest["fingerprint"]
+    saved = checkpoint.fingerprint
     changes = {
         name: f"{name} was {saved.get(name)}, is {current[name]}"
         for name in current
@@ -2653,7 +2835,7 @@ def check_fingerprint(checkpoint, current):
         logger.warning(f"Resuming with a change: {text}")
 
 
-def set_aside_earlier_run(args):
+def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output_dir = Path(args.output_dir)
     names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
@@ -2672,7 +2854,7 @@ def set_aside_earlier_run(args):
     )
 
 
-def prepare_output(args, checkpoint):
+def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     """Make the folders that the run writes into, and clear what earlier ones left in the way. Raises UserError."""
     folders = {"output_dir": Path(args.output_dir)}
     if args.encoding_cache_dir:
@@ -2693,14 +2875,14 @@ def prepare_output(args, checkpoint):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def is_finished(args, schedule):
+def is_finished(args: argparse.Namespace, max_train_steps: int) -> bool:
     """Whether `--output_dir` holds a run that has come to its end; says so."""
     path = Path(args.output_dir, RUN_FILE)
     try:
         steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is made anew
         return False
-    if steps < schedule.max_train_steps:
+    if steps < max_train_steps:
         return False
     logger.info(
         f"{args.output_dir} holds a finished run; its files are left alone. "
@@ -2714,12 +2896,12 @@ def is_finished(args, schedule):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def inline_code(text):
+def inline_code(text: str) -> str:
     """Markdown that shows a text as code, on one line."""
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def write_model_card(args, files):
+def write_model_card(args: argparse.Namespace, files: list[Path]) -> None:
     """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -2772,7 +2954,7 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
 
 
-def push_to_hub(args, files):
+def push_to_hub(args: argparse.Namespace, files: list[Path]) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     from huggingface_hub import HfApi
 
@@ -2805,20 +2987,20 @@ def push_to_hub(args, files):
 class StopSignal:
     """Notes SIGTERM and SIGINT while training, so that the step is finished and saved; `number` is 0 until then."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
 
-    def note(self, number, frame):
+    def note(self, number: int, frame: Any) -> None:
         self.number = self.number or number
         logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignal":
         self.previous = {}
         with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
             self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -2826,15 +3008,15 @@ class StopSignal:
 class Progress:
     """A bar at a terminal, else a line now and then; and the trackers' metrics."""
 
-    def __init__(self, schedule, first_update, accelerator):
-        self.accelerator, self.schedule = accelerator, schedule
+    def __init__(self, plan: TrainingPlan, first_update: int, accelerator: Accelerator) -> None:
+        self.accelerator, self.plan = accelerator, plan
         self.bar = tqdm(
-            total=schedule.max_train_steps, initial=first_update, desc="steps", disable=not shows_progress(accelerator)
+            total=plan.max_train_steps, initial=first_update, desc="steps", disable=not shows_progress(accelerator)
         )
         self.started = self.printed = time.monotonic()
         self.first_update, self.smooth_loss = first_update, math.nan
 
-    def update(self, step, loss, grad_norm, learning_rate):
+    def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Note an update that is done. What is shown of the loss is smoothed over some twenty updates."""
         now = time.monotonic()
         if math.isfinite(loss):
@@ -2845,7 +3027,7 @@ class Progress:
             "loss": loss,
             "lr": learning_rate,
             "grad_norm": grad_norm,
-            "epoch": step / self.schedule.updates_per_epoch,
+            "epoch": step / self.plan.updates_per_epoch,
         }
         if self.accelerator.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -2853,7 +3035,7 @@ class Progress:
         self.accelerator.log(metrics, step=step)
         self.bar.set_postfix(shown)
         self.bar.update()
-        last = self.schedule.max_train_steps
+        last = self.plan.max_train_steps
         if self.bar.disable and (now - self.printed > 10 or step in (self.first_update + 1, last)):
             self.printed = now
             pace = (now - self.started) / (step - self.first_update)
@@ -2863,99 +3045,129 @@ class Progress:
             )
 
 
-def train(transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run):
-    """The loop, from `first_update` to the last update, with logs, checkpoints and validation on the way.
+def accumulate_gradients(
+    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch], step: int, run: Run
+) -> Tensor:
+    """Add up the gradients of an update's micro-batches in this process; returns the sum of their losses."""
+    accelerator, loss = run.accelerator, torch.zeros((), device=run.accelerator.device)
+    if state.scaler:  # it needs to have seen something, also where this process has no sample
+        state.scaler.scale(loss)
+    for number, batch in enumerate(batches):
+        if run.args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
+            torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
+        micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
+        accelerator.backward(micro_loss)
+        loss += micro_loss.detach()
+    return loss
 
-    Gives the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
+
+def apply_gradients(state: TrainingState, loss: Tensor, run: Run) -> tuple[float, float]:
+    """Clip the gradients and, where all is finite, step the optimizer. Returns the loss and the gradient norm."""
+    run.accelerator.unscale_gradients(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
+    loss, norm = torch.stack([loss, norm]).tolist()  # the update's one wait for the device
+    if math.isfinite(loss) and math.isfinite(norm):
+        state.scaler.step(state.optimizer) if state.scaler else state.optimizer.step()
+    else:
+        logger.warning(f"Step {state.step + 1} is skipped: its loss is {loss}, its gradient norm {norm}")
+    if state.scaler:
+        state.scaler.update()
+    state.lr_scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return loss, norm
+
+
+def train(
+    state: TrainingState, data: TrainingData, validation: Validation, fingerprint: dict[str, Any], run: Run
+) -> int:
+    """The loop, from where `state` stands to the last update, with logs, checkpoints and validation on the way.
+
+    Returns the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
     """
-    args, accelerator = run.args, run.accelerator
-    sampler = BucketBatchSampler(dataset, schedule, first_update, run)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=tie_to_main,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    lr_scheduler = build_lr_scheduler(optimizer, args, schedule.max_train_steps, first_update)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.mixed_precision == "fp16")
-    if manifest.get("scaler"):
-        scaler.load_state_dict(manifest["scaler"])
-    progress = Progress(schedule, first_update, accelerator)
-    batches, skipped_in_a_row = iter(loader), 0
-    transformer.train()
+    args, accelerator, plan = run.args, run.accelerator, data.plan
+    progress, skipped_in_a_row = Progress(plan, state.step, accelerator), 0
+    state.transformer.train()
     with StopSignal() as stop:
-        for step in range(first_update + 1, schedule.max_train_steps + 1):
-            loss = torch.zeros((), device=accelerator.device)
-            scaler.scale(loss)  # it needs to have seen something, also where this process has no sample
-            for number, _ in enumerate(sampler.micro_batches(step - 1)):
-                if args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
-                    torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
-                micro_loss = training_loss(transformer, vae, next(batches), args.weighting_scheme, run)
-                scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
-            loss, stopping = sum_over_processes(parameters, loss, stop.number > 0, accelerator)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the update's one wait for the device
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if finite:
-                scaler.step(optimizer)
-            scaler.update()
-            lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if not finite:
-                logger.warning(f"Step {step} is skipped: its loss is {loss}, its gradient norm {grad_norm}")
+        for step, batches in data.read(state.step):
+            loss = accumulate_gradients(state, data.vae, batches, step, run)
+            loss, stopping = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
+            loss, norm = apply_gradients(state, loss, run)
+            assert state.step == step
+            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
-            progress.update(step, loss, grad_norm, effective_learning_rate(optimizer))
+            progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
 
             if stopping or step % args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
-                    state = {"held_out": validation.history, "scaler": scaler.state_dict()}
-                    save_checkpoint(step, transformer, optimizer, manifest | state, args)
+                    save_checkpoint(state, fingerprint, run)
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
-            if step % (args.validation_epochs * schedule.updates_per_epoch) == 0 and step < schedule.max_train_steps:
+            if step % (args.validation_epochs * plan.updates_per_epoch) == 0 and step < plan.max_train_steps:
                 validation(step)
     return 0
 
 
-def main(args):
-    """Train as `args` (of `parse_args`) says. Raises UserError for what the user can mend."""
-    accelerator = start(args)
-    args.validation_prompt = read_prompts(args.validation_prompt or []) or None  # once: a file may change meanwhile
+def load_training_state(
+    targets: Targets, plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run
+) -> TrainingState:
+    """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
+    args = run.args
+    transformer = load_transformer(run)
+    parameters = add_lora(transformer, targets, run)
+    if args.base_adapter:
+        load_base_adapter(transformer, args)
+    optimizer = build_optimizer(parameters, args, plan.learning_rate)
+    lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
+    state = TrainingState(transformer, parameters, optimizer, lr_scheduler, run.accelerator.scaler)
+    if checkpoint:
+        state.load(checkpoint.path)
+    if run.sharded:
+        adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
+        shard((*transformer_blocks(transformer), transformer), run.accelerator, ignored=adapters)
+    if run.compiled:
+        compile_blocks(transformer)
+    return state
+
+
+def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Whether all processes are about to do the same. Raises UserError."""
+    seen = digest_of((fingerprint, checkpoint and checkpoint.step))
+    if len(set(gather_object([seen]))) > 1:
+        raise UserError(
+            "the processes see different pictures, settings or checkpoints: start all machines with the same flags, "
+            "and keep the pictures and --output_dir on storage that all of them reach"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train as `args` (of `parse_args`) says. Raises UserError for what the user can correct."""
+    accelerator = start_run(args)
     checkpoint = find_checkpoint(args)
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    run = Run(args, accelerator, check_model(args), choose_seed(args, checkpoint), weight_dtype)
-    targets = resolve_lora_layers(args.lora_layers, run.model.transformer_config)
+    seed = choose_seed(args, checkpoint and checkpoint.seed)
+    run = Run(args, accelerator, read_pipeline_info(args, accelerator), seed, weight_dtype)
+    targets = resolve_lora_layers(args.lora_layers, run.pipeline.transformer_config)
     # These are needed later; mistakes in them end the run here, before anything is loaded.
     quantization_config(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    validation_model(run)
+    validation_pipeline(run)
     if args.base_adapter:
         read_base_adapter(args)
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
-    buckets = {kind: assign_buckets(examples[kind], args) for kind in examples}
-    schedule = make_schedule(args, len(examples["instance"]), accelerator.num_processes)
-    for line in describe_plan(examples, buckets, missing, targets, schedule, run):
+    plan = TrainingPlan(examples, run)
+    for line in describe_plan(examples, missing, targets, plan, run):
         logger.info(line)
-    manifest = {"seed": run.seed, "fingerprint": fingerprint(examples, buckets, missing, targets, schedule, run)}
-    seen = digest_of((manifest, checkpoint and checkpoint.manifest["step"]))
-    if len(set(gather_object([seen]))) > 1:
-        raise UserError(
-            "the processes see different pictures, settings or checkpoints: start all machines with the same flags, "
-            "and keep the pictures and --output_dir on storage that they share"
-        )
+    fingerprint = make_fingerprint(examples, missing, targets, plan, run)
+    check_same_everywhere(fingerprint, checkpoint)
     if checkpoint:
-        check_fingerprint(checkpoint, manifest["fingerprint"])
-    if args.resume_from_checkpoint and is_finished(args, schedule):
+        check_fingerprint(checkpoint, fingerprint)
+    if args.resume_from_checkpoint and is_finished(args, plan.max_train_steps):
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
@@ -2974,48 +3186,31 @@ def main(args):
     if missing:
         generate_class_images(missing, prompt_embeds, run)
         examples["class"] = load_class_examples(args)
-        buckets["class"] = assign_buckets(examples["class"], args)
-    sigmas = training_sigmas(run.model.scheduler, args.timestep_shift)
-    dataset = DreamBoothDataset(examples, buckets, prompt_embeds, sigmas, run)
+    plan = TrainingPlan(examples, run, prompt_embeds)
+    data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]
-    dataset.latents.update(cache_latents(dataset, cached, run))
-    vae = None if args.cache_latents else load_vae(run)
-
-    # Transformer, LoRA, optimizer
-    transformer = load_transformer(run)
-    parameters = add_lora(transformer, targets, run)
-    if args.base_adapter:
-        wear_base_adapter(transformer, args)
-    optimizer = build_optimizer(parameters, args, schedule.learning_rate)
-    first_update = load_checkpoint(checkpoint, transformer, optimizer, schedule.learning_rate) if checkpoint else 0
-    manifest["scaler"] = checkpoint.manifest.get("scaler") if checkpoint else None  # of fp16's loss
-    if run.sharded:
-        adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
-        shard((*transformer_blocks(transformer), transformer), accelerator, ignored=adapters)
-    if run.compiled:
-        compile_blocks(transformer)
+    data.latents = cache_latents([example for kind in cached for example in examples[kind]], run)
+    data.vae = None if args.cache_latents else load_vae(run)
 
     # Training
-    validation = Validation(transformer, dataset, checkpoint, run)
-    every = args.validation_epochs * schedule.updates_per_epoch
-    if first_update % every == 0 and first_update < schedule.max_train_steps:
-        validation(first_update)  # also of a resumed run: a checkpoint is saved before the validation of its step
-    stopped_by = train(
-        transformer, vae, parameters, optimizer, dataset, schedule, first_update, manifest, validation, run
-    )
-    if stopped_by:
+    state = load_training_state(targets, plan, checkpoint, run)
+    validation = Validation(state.transformer, state.held_out, data, run)
+    every = args.validation_epochs * plan.updates_per_epoch
+    if state.step % every == 0 and state.step < plan.max_train_steps:
+        validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
+    if stopped_by := train(state, data, validation, fingerprint, run):
         accelerator.end_training()
         logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
         sys.exit(128 + stopped_by)
 
     # The result
     if accelerator.is_main_process:
-        save_result(transformer, run)
+        save_result(state.transformer, run)
     accelerator.wait_for_everyone()
-    files = validation(schedule.max_train_steps, final=True)
+    files = validation(plan.max_train_steps, final=True)
     if accelerator.is_main_process:
         write_model_card(args, files)
-        write_json(Path(args.output_dir, RUN_FILE), {"steps": schedule.max_train_steps, "seed": run.seed})
+        write_json(Path(args.output_dir, RUN_FILE), {"steps": plan.max_train_steps, "seed": run.seed})
         if args.push_to_hub:
             push_to_hub(args, files)
         print(
@@ -3026,14 +3221,14 @@ def main(args):
     accelerator.end_training()
 
 
-def print_error(text):
+def print_error(text: str) -> None:
     """One line on standard error, also where a file name in it holds line ends or control characters."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
 
 
-def run_command_line():
-    """The entry of the command line: an error that the user can mend becomes one line and an exit status."""
+def run_command_line() -> int:
+    """The entry of the command line: an error that the user can correct becomes one line and an exit status."""
     try:
         main(parse_args())
     except (UserError, TrainingError) as error:
@@ -3046,8 +3241,8 @@ def run_command_line():
         print_error(first_line(error))
         return 1
     except torch.OutOfMemoryError as error:
-        mend = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
-        print_error(f"{first_line(error)} Less memory: {mend}")
+        less = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
+        print_error(f"{first_line(error)} Less memory: {less}")
         return 1
     except KeyboardInterrupt:
         return 130
