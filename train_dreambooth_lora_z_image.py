@@ -950,23 +950,17 @@ class PipelineInfo:
             return component
 
 
-def weight_files(path: str, component: str, variant: str | None) -> list[Path]:
-    """The files that hold a component's weights: safetensors, or else torch's own format."""
-    for pattern in (f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"):
-        if files := sorted(Path(path, component).glob(pattern)):
-            return files
-    return []
-
-
 def component_identity(path: str, component: str, variant: str | None) -> str | None:
     """A digest of what a component computes, the same wherever and however its files came here.
 
     Of each weight file: its header, its size, and 64 KiB at 16 evenly spaced places; of the rest, all configuration
     that is not about where it came from. None where there are no weights.
     """
-    files, places, length = weight_files(path, component, variant), 16, 2**16
+    patterns = [f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"]
+    files = next(filter(None, (sorted(Path(path, component).glob(pattern)) for pattern in patterns)), [])
     if not files:
         return None
+    places, length = 16, 2**16
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size
@@ -1005,39 +999,37 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
         args.pretrained_model_name_or_path,
         f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}",
     )
-    incomplete = f"{flag} is not a complete Z-Image pipeline: its"
     classes = {
         "transformer": ZImageTransformer2DModel,
         "vae": AutoencoderKL,
         "scheduler": FlowMatchEulerDiscreteScheduler,
     }
-    configs = {}
+    readers = {component: cls.load_config for component, cls in classes.items()}
+    readers["text_encoder"] = transformers.AutoConfig.from_pretrained
+    readers["tokenizer"] = transformers.AutoTokenizer.from_pretrained
+    incomplete, configs = f"{flag} is not a complete Z-Image pipeline: its", {}
     with user_errors(f"{incomplete} model_index.json"):
         path = local_pipeline(args, accelerator)
         index = DiffusionPipeline.load_config(path)
     if index.get("_class_name") not in ("ZImagePipeline", None):
         raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
-    for component, cls in classes.items():
+    for component, read in readers.items():
         with user_errors(f"{incomplete} {component}"):
-            configs[component] = cls.load_config(path, subfolder=component)
-        if configs[component].get("_class_name") != cls.__name__:
-            raise UserError(
-                f"{flag}: its {component} is a {configs[component].get('_class_name')}, not a {cls.__name__}"
-            )
-    with user_errors(f"{incomplete} text_encoder"):
-        text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder")
+            configs[component] = read(path, subfolder=component)
+    for component, cls in classes.items():
+        if (found := configs[component].get("_class_name")) != cls.__name__:
+            raise UserError(f"{flag}: its {component} is a {found}, not a {cls.__name__}")
+    transformer, vae, text_config = (configs[component] for component in ("transformer", "vae", "text_encoder"))
     if not text_config.model_type.startswith("qwen"):
         raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
-    with user_errors(f"{incomplete} tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-    if not tokenizer.chat_template:
+    if not configs["tokenizer"].chat_template:
         raise UserError(f"{flag}: its tokenizer has no chat template")
     identity = {part: component_identity(path, part, args.variant) for part in ("transformer", "vae", "text_encoder")}
-    if lacking := [part for part, digest in identity.items() if digest is None and Path(name).is_dir()]:
-        raise UserError(f"{flag}: its {lacking[0]} has no weights")
+    if None in identity.values() and Path(name).is_dir():
+        lacking = next(part for part, digest in identity.items() if digest is None)
+        raise UserError(f"{flag}: its {lacking} has no weights")
     if "text_encoder" not in index or "tokenizer" not in index:
         raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
-    transformer, vae = configs["transformer"], configs["vae"]
     if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
         raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
     longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
@@ -1048,18 +1040,9 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
-    return PipelineInfo(
-        name,
-        path,
-        args.variant,
-        transformer,
-        vae,
-        text_config,
-        scheduler,
-        vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-        latent_channels=vae["latent_channels"],
-        identity=identity,
-    )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    channels = vae["latent_channels"]
+    return PipelineInfo(name, path, args.variant, transformer, vae, text_config, scheduler, factor, channels, identity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1790,10 +1773,9 @@ def lora_effect(state: State, module: str) -> Tensor:
 
 
 def comfyui_state(state: State, alpha: float) -> State:
-    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and alpha as a tensor for each pair."""
-    comfyui = {f"diffusion_model.{name}": tensor for name, tensor in state.items()}
-    alphas = {f"diffusion_model.{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
-    return comfyui | alphas
+    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and `--lora_alpha` as a tensor for each pair."""
+    alphas = {f"{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
+    return {f"diffusion_model.{name}": tensor for name, tensor in {**state, **alphas}.items()}
 
 
 def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
