@@ -24,6 +24,8 @@ split into micro-batches and processes.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -37,8 +39,8 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
+import queue
 import random
 import re
 import shlex
@@ -46,6 +48,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -67,6 +70,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
+    recursively_apply,
 )
 from diffusers import (
     AutoencoderKL,
@@ -103,7 +107,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 
@@ -254,13 +257,6 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def send_when_parent_dies(signal_number: int) -> None:
-    """Have the kernel send this process a signal when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +379,7 @@ def build_parser() -> OneLineErrorParser:
     add("--encoding_cache_dir", metavar="DIR",
         help="Keep latents and prompt embeddings there, so that the next run need not encode them again.")
     add("--dataloader_num_workers", type=whole, default=0, metavar="N",
-        help="Processes that read pictures. Default: 0.")
+        help="Threads that read pictures ahead of time, at least one. Default: 0.")
 
     add = parser.add_argument_group("Prior preservation").add_argument
     add("--with_prior_preservation", action="store_true", help="Train on pictures of the class too, against drift.")
@@ -1118,8 +1114,10 @@ def list_trackers(report_to: str) -> list[str] | None:
 
 def follow_launcher() -> None:
     """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        send_when_parent_dies(signal.SIGTERM)
+    by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if by_launcher and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1816,6 +1814,14 @@ class MicroBatch:
     latents: Tensor | None = None  # [B, C, h, w]
     pixels: Tensor | None = None  # [B, 3, H, W] in [-1, 1]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The micro-batch with each of its tensors changed."""
+        return MicroBatch(**recursively_apply(change, vars(self)))
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The micro-batch on the device; CUDA need not wait for it, if it is in pinned memory."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
 
 def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None = None) -> Tensor:
     """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
@@ -1880,13 +1886,12 @@ def training_loss(
     run: Run,
 ) -> Tensor:
     """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
-    to_device = functools.partial(torch.Tensor.to, device=run.accelerator.device, non_blocking=True)
-    noise, sigmas, weights = (to_device(tensor) for tensor in (batch.noise, batch.sigmas, batch.weights))
-    latents = encode_images(vae, batch.pixels, run) if batch.latents is None else to_device(batch.latents)
+    noise, sigmas, weights = batch.noise, batch.sigmas, batch.weights
+    latents = encode_images(vae, batch.pixels, run) if batch.latents is None else batch.latents
     assert latents.shape == noise.shape and weights.shape == sigmas.shape == (len(latents),)
     level = sigmas[:, None, None, None]
     noisy_latents = (1 - level) * latents + level * noise
-    prompt_embeds = [to_device(embed).to(run.weight_dtype) for embed in batch.prompt_embeds]
+    prompt_embeds = [embed.to(run.weight_dtype) for embed in batch.prompt_embeds]
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
     losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
@@ -1911,145 +1916,201 @@ class Sample:
 
 
 class TrainingPlan:
-    """How long the run is and, as a function of the seed alone, which samples make each update.
+    """How long the run is and, as a function of the seed and the data alone, which samples make each update.
 
-    An update takes `train_batch_size * gradient_accumulation_steps * num_processes` instance samples, of one bucket
-    as long as that bucket lasts and then of what is left over, and with prior preservation as many class samples, the
-    class images taking turns. Only an epoch's last update can be smaller. How many processes and micro-batches an
-    update is divided into does not change what is in it.
+    The permutations of the epochs, one after the other, are one stream of instance samples. Update N takes the N-th
+    `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior preservation as
+    many class samples join them, the class images taking turns. A slot is an example in one of its repeats: an epoch
+    takes each once. How many processes and micro-batches an update is divided into does not change what is in it.
 
     `prompt_embeds`, {prompt: [L, D]}, is needed for the samples, not for the numbers.
     """
 
     def __init__(self, examples: Examples, run: Run, prompt_embeds: dict[str, Tensor] | None = None) -> None:
-        self.examples, self.prompt_embeds = examples, prompt_embeds
-        self.args, self.seed = run.args, run.seed
-        self.num_processes, self.process_index = run.accelerator.num_processes, run.accelerator.process_index
-        self.lockstep = run.sharded  # then every process must run as many forward passes as the others
-        self.samples_per_epoch = sum(example.repeats for example in examples["instance"])
-        self.total_batch_size = (
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.num_processes
-        )  # instance samples in an update
-        self.updates_per_epoch = math.ceil(self.samples_per_epoch / self.total_batch_size)
-        self.max_train_steps = self.args.max_train_steps or self.args.num_train_epochs * self.updates_per_epoch
-        self.learning_rate = self.args.learning_rate * (self.total_batch_size if self.args.scale_lr else 1)
-        self.epoch = functools.lru_cache(maxsize=2)(self.plan_epoch)
-        self.micro_batches = functools.lru_cache(maxsize=256)(self.plan_micro_batches)
+        self.examples, self.prompt_embeds, self.run, args = examples, prompt_embeds or {}, run, run.args
+        self.tokens = {prompt: math.ceil(len(e) / TOKEN_MULTIPLE) for prompt, e in self.prompt_embeds.items()}
+        self.slots = [example for example in examples["instance"] for _ in range(example.repeats)]
+        self.samples_per_epoch = len(self.slots)
+        processes = run.accelerator.num_processes
+        self.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
+        whole_updates = (args.max_train_steps or 0) * self.total_batch_size
+        self.samples = whole_updates or args.num_train_epochs * self.samples_per_epoch
+        self.max_train_steps = math.ceil(self.samples / self.total_batch_size)
+        self.learning_rate = args.learning_rate * (self.total_batch_size if args.scale_lr else 1)
+        self.order_epoch = functools.lru_cache(maxsize=2)(self.order_epoch)
+        self.micro_batches = functools.lru_cache(maxsize=256)(self.micro_batches)
 
-    def key(self, sample: Sample) -> tuple[int, int, int]:
+    def samples_seen(self, step: int) -> int:
+        """The number of instance samples in the first `step` updates."""
+        return min(step * self.total_batch_size, self.samples)
+
+    def validates(self, step: int) -> bool:
+        """Whether the model is validated after `step` updates: before the first, and every `--validation_epochs`."""
+        every = self.run.args.validation_epochs * self.samples_per_epoch
+        return step == 0 or self.samples_seen(step) // every > self.samples_seen(step - 1) // every
+
+    def key(self, example: Example, prompt: str) -> tuple[int, int, int]:
         """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
-        tokens = math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE)
-        return (*sample.example.bucket, tokens)
+        return (*example.bucket, self.tokens[prompt])
 
-    def draw(self, example: Example, number: int) -> Sample:
+    def draw(self, example: Example, number: int, weight: float = 0.0) -> Sample:
         """The sample of that number: its crop, its flip, and whether its caption is dropped."""
-        flip, dropout = torch.rand(2, generator=seeded_generator(self.seed, "draw", example.kind, number)).tolist()
-        prompt = "" if dropout < self.args.caption_dropout else example.caption
-        crop = draw_crop(example, self.args, self.seed, example.kind, number)
-        return Sample(example, number, prompt, crop, self.args.random_flip and flip < 0.5, 1.0)
+        args, seed = self.run.args, self.run.seed
+        flip, dropout = torch.rand(2, generator=seeded_generator(seed, "draw", example.kind, number)).tolist()
+        prompt = "" if dropout < args.caption_dropout else example.caption
+        crop = draw_crop(example, args, seed, example.kind, number)
+        return Sample(example, number, prompt, crop, args.random_flip and flip < 0.5, weight)
 
-    def plan_epoch(self, epoch: int) -> list[list[Sample]]:
-        """The instance samples of each update of an epoch."""
-        generator = seeded_generator(self.seed, "order", epoch)
-        instances, by_key = self.examples["instance"], {}
-        for position, slot in enumerate(torch.randperm(self.samples_per_epoch, generator=generator).tolist()):
-            sample = self.draw(instances[slot % len(instances)], epoch * self.samples_per_epoch + position)
-            by_key.setdefault(self.key(sample), []).append(sample)
-        size = self.total_batch_size
-        whole_updates = {key: len(samples) // size * size for key, samples in by_key.items()}
-        updates = [by_key[key][i : i + size] for key in by_key for i in range(0, whole_updates[key], size)]
-        rest = [sample for key in sorted(by_key) for sample in by_key[key][whole_updates[key] :]]
-        updates += [rest[i : i + size] for i in range(0, len(rest), size)]
-        return [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()]
+    def order_epoch(self, epoch: int) -> list[tuple[Example, int]]:
+        """(example, number of the sample) of an epoch, in the order in which the updates take them.
+
+        Updates that lie wholly inside the epoch are rearranged among themselves, so that most have samples of one
+        size and length; one that lies in two epochs stays as drawn, and no update needs any epoch but its own.
+        """
+
+        def key(sample: tuple[Example, int]) -> tuple[int, int, int]:
+            example = sample[0]
+            return self.key(example, self.draw(*sample).prompt if self.run.args.caption_dropout else example.caption)
+
+        length, size = self.samples_per_epoch, self.total_batch_size
+        generator = seeded_generator(self.run.seed, "order", epoch)
+        slots = torch.randperm(length, generator=generator).tolist()
+        drawn = [(self.slots[slot], epoch * length + place) for place, slot in enumerate(slots)]
+        first = min(-epoch * length % size, length)  # where the first update begins that lies inside
+        updates = (length - first) // size
+        end = first + updates * size
+        alike, inside = sorted(drawn[first:end], key=key), []
+        for update in torch.randperm(updates, generator=generator).tolist():
+            inside += alike[update * size : (update + 1) * size]
+        return drawn[:first] + inside + drawn[end:]
 
     def update(self, step: int) -> list[Sample]:
         """All samples of update `step` (from 0), weighted so that the sum of their losses is the objective."""
-        epoch, position = divmod(step, self.updates_per_epoch)
-        instances = self.epoch(epoch)[position]
-        samples = [dataclasses.replace(sample, weight=1 / len(instances)) for sample in instances]
-        if self.args.with_prior_preservation:
-            weight = self.args.prior_loss_weight / len(instances)
-            for sample in instances:
-                prior = self.draw(self.examples["class"][sample.number % len(self.examples["class"])], sample.number)
-                samples.append(dataclasses.replace(prior, weight=weight))
-        return sorted(samples, key=self.key)
+        first, end = self.samples_seen(step), self.samples_seen(step + 1)
+        weight, samples = 1 / (end - first), []
+        for position in range(first, end):
+            epoch, place = divmod(position, self.samples_per_epoch)
+            example, number = self.order_epoch(epoch)[place]
+            samples.append(self.draw(example, number, weight))
+            if self.run.args.with_prior_preservation:
+                prior = self.examples["class"][number % len(self.examples["class"])]
+                samples.append(self.draw(prior, number, weight * self.run.args.prior_loss_weight))
+        return sorted(samples, key=lambda sample: self.key(sample.example, sample.prompt))
 
-    def plan_micro_batches(self, step: int) -> list[list[Sample]]:
+    def micro_batches(self, step: int) -> list[list[Sample]]:
         """This process's part of an update, as lists of at most `train_batch_size` samples of one key."""
-        samples = self.update(step)
-        batches = self.divide(samples, self.process_index)
-        if self.lockstep:
-            most = max(len(self.divide(samples, process)) for process in range(self.num_processes))
-            batches += [[dataclasses.replace(samples[0], weight=0.0)]] * (most - len(batches))
-        return batches
-
-    def divide(self, samples: list[Sample], process: int) -> list[list[Sample]]:
-        """The micro-batches of one process."""
-        first, end = (len(samples) * p // self.num_processes for p in (process, process + 1))
-        batches, size = [], self.args.train_batch_size
-        for _, group in itertools.groupby(samples[first:end], key=self.key):
-            same = list(group)
-            batches += [same[i : i + size] for i in range(0, len(same), size)]
-        return batches
+        samples, processes = self.update(step), self.run.accelerator.num_processes
+        size, parts = self.run.args.train_batch_size, []
+        for process in range(processes):
+            first, end = (len(samples) * p // processes for p in (process, process + 1))
+            groups = itertools.groupby(samples[first:end], lambda sample: self.key(sample.example, sample.prompt))
+            alike = [list(group) for _, group in groups]
+            parts.append([group[i : i + size] for group in alike for i in range(0, len(group), size)])
+        own = parts[self.run.accelerator.process_index]
+        if self.run.sharded:  # every process must run as many forward passes as the others
+            own += [[dataclasses.replace(samples[0], weight=0.0)]] * (max(map(len, parts)) - len(own))
+        return own
 
 
-def collate(items: list[dict[str, Any]]) -> MicroBatch:
-    """A micro-batch: tensors stacked to [B, ...], the prompt embeddings (of different lengths) as a list."""
-    columns = {name: [item[name] for item in items] for name in items[0]}
-    return MicroBatch(**{name: c if name == "prompt_embeds" else torch.stack(c) for name, c in columns.items()})
+PATIENCE = 5  # seconds for which an update in progress waits for its pictures after a stop signal
 
 
-def tie_to_main(worker: int) -> None:
-    """Ctrl-C and some clusters signal every process: the main one decides. A worker ends with it, however early."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    send_when_parent_dies(signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed before that
-        os._exit(1)
+class ReadingThreads:
+    """Threads that make micro-batches of lists of samples by `load`, in their order, while the device works.
+
+    Pillow and torch release the interpreter for most of it. At most two micro-batches more than there are threads are
+    read ahead. The threads are daemons: one that is stuck in a read does not hold up the end of the program.
+    """
+
+    def __init__(self, load: Callable[[list[Sample]], MicroBatch], jobs: Iterable[list[Sample]], threads: int) -> None:
+        self.load, self.jobs, self.queue = load, iter(jobs), queue.SimpleQueue()
+        self.ahead = collections.deque()  # futures of the micro-batches that come next
+        self.sent: MicroBatch | None = None  # the first of them, where it is on its way to the device already
+        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def work(self) -> None:
+        """What each thread does. An error is kept for whoever takes the micro-batch."""
+        for future, samples in iter(self.queue.get, None):
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self.load(samples))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def take(self, device: torch.device, stopping: Callable[[], bool], patience: float) -> MicroBatch | None:
+        """The next micro-batch, on the device; None if it is not there `patience` seconds after `stopping` said so.
+
+        The one after it is sent to the device as well, if it has been read: it need not wait for this one's loss.
+        """
+        for samples in itertools.islice(self.jobs, len(self.threads) + 2 - len(self.ahead)):
+            self.ahead.append(concurrent.futures.Future())
+            self.queue.put((self.ahead[-1], samples))
+        future, deadline = self.ahead.popleft(), math.inf
+        while not future.done() and time.monotonic() < deadline:
+            concurrent.futures.wait([future], timeout=0.1)
+            deadline = min(deadline, time.monotonic() + patience) if stopping() else math.inf
+        if not future.done():
+            return None
+        batch, self.sent = self.sent or future.result().to(device), None
+        if self.ahead and self.ahead[0].done() and not self.ahead[0].exception():
+            self.sent = self.ahead[0].result().to(device)
+        return batch
+
+    def close(self) -> None:
+        """End the threads. One that is amid a picture may finish it, within a second: Python ends badly under it."""
+        for future in self.ahead:
+            future.cancel()
+        for _ in self.threads:
+            self.queue.put(None)
+        deadline = time.monotonic() + 1
+        for thread in self.threads:
+            thread.join(max(0, deadline - time.monotonic()))
 
 
-class TrainingData(Dataset):
-    """What training needs of a `Sample`, on the CPU: latents or pixels, noise, sigma, prompt embedding.
+class TrainingData:
+    """What training needs of samples: latents or pixels, noise, sigmas, prompt embeddings.
 
     sigmas: [1000], ascending; latents: {(example, flip): [C, h, w]} of the examples that are cached.
     """
 
     def __init__(self, plan: TrainingPlan, sigmas: Tensor, run: Run) -> None:
-        self.plan, self.sigmas, self.pipeline, self.args = plan, sigmas, run.pipeline, run.args
-        self.pin_memory = run.accelerator.device.type == "cuda"
+        self.plan, self.sigmas, self.run = plan, sigmas, run
         self.latents: dict[tuple[Example, bool], Tensor] = {}
         self.vae: AutoencoderKL | None = None  # where latents are not cached
 
-    def __getitem__(self, sample: Sample) -> dict[str, Any]:
-        example, embed = sample.example, self.plan.prompt_embeds[sample.prompt]
-        generator = seeded_generator(self.plan.seed, "objective", example.kind, sample.number)
-        item = {
-            "sigmas": sample_sigma(self.sigmas, self.args, generator),
-            "noise": torch.randn(self.pipeline.latent_shape(example.bucket), generator=generator),
-            "weights": torch.tensor(sample.weight),
-            "prompt_embeds": embed,
-        }
-        if self.args.cache_latents:
-            item["latents"] = self.latents[example, sample.flip]
-            assert item["latents"].shape == item["noise"].shape
-        else:
-            item["pixels"] = load_pixels(example, sample.crop, sample.flip)
-        return item
-
-    def read(self, first_update: int) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-        """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run."""
-        steps = range(first_update, self.plan.max_train_steps)
-        loader = DataLoader(
-            self,
-            batch_sampler=itertools.chain.from_iterable(map(self.plan.micro_batches, steps)),
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=tie_to_main,
-            pin_memory=self.pin_memory,
+    def load(self, samples: list[Sample]) -> MicroBatch:
+        """The micro-batch of samples of one size, in host memory from which CUDA can copy while it computes."""
+        args, shape = self.run.args, self.run.pipeline.latent_shape(samples[0].example.bucket)
+        generators = [seeded_generator(self.run.seed, "objective", s.example.kind, s.number) for s in samples]
+        batch = MicroBatch(
+            sigmas=torch.stack([sample_sigma(self.sigmas, args, generator) for generator in generators]),
+            noise=torch.stack([torch.randn(shape, generator=generator) for generator in generators]),
+            weights=torch.tensor([sample.weight for sample in samples]),
+            prompt_embeds=[self.plan.prompt_embeds[sample.prompt] for sample in samples],
         )
-        batches = iter(loader)
-        for step in steps:
-            yield step + 1, itertools.islice(batches, len(self.plan.micro_batches(step)))
+        if args.cache_latents:
+            batch.latents = torch.stack([self.latents[sample.example, sample.flip] for sample in samples])
+        else:
+            batch.pixels = torch.stack([load_pixels(sample.example, sample.crop, sample.flip) for sample in samples])
+        return batch.map(Tensor.pin_memory) if self.run.accelerator.device.type == "cuda" else batch
+
+    def read(
+        self, first_update: int, stopping: Callable[[], bool]
+    ) -> Iterator[tuple[int, Iterator[MicroBatch | None]]]:
+        """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run.
+
+        None in place of a micro-batch: `stopping()`, and its pictures do not come.
+        """
+        steps = range(first_update, self.plan.max_train_steps)
+        jobs = itertools.chain.from_iterable(map(self.plan.micro_batches, steps))
+        reading = ReadingThreads(self.load, jobs, max(1, self.run.args.dataloader_num_workers))
+        take = functools.partial(reading.take, self.run.accelerator.device, stopping)
+        with contextlib.closing(reading):
+            for step in steps:
+                number = len(self.plan.micro_batches(step))
+                yield step + 1, (take(PATIENCE if done else 0) for done in range(number))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2339,6 +2400,7 @@ def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run
             prompt_embeds=[data.plan.prompt_embeds[examples[k].caption]],
             latents=latents[None],
         )
+        batch = batch.to(run.accelerator.device)
         losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
     losses = losses if run.sharded else gather_object(losses)
     third = HELD_OUT_LEVELS // 3
@@ -2737,10 +2799,9 @@ def describe_plan(
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
     if round_size(args.resolution) != args.resolution:
         lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
-    epochs = plan.max_train_steps / plan.updates_per_epoch
     lines.append(
-        f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs:.1f} epochs "
-        f"of {plan.samples_per_epoch} samples"
+        f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
+        f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
     )
     for name, paths in targets.items():
         blocks = Counter(path.split(".")[0] for path in paths)
@@ -2781,6 +2842,7 @@ def make_fingerprint(
             "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
             "learning_rate": plan.learning_rate,
             "max_train_steps": plan.max_train_steps,
+            "samples in all": plan.samples,
             "mixed_precision": run.accelerator.mixed_precision,
             "total batch size": plan.total_batch_size,
             "pictures": digest_of(data),
@@ -2795,7 +2857,7 @@ def make_fingerprint(
 
 # Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
 MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "max_train_steps",
-              "max_grad_norm", "mixed_precision"}  # fmt: skip
+              "samples in all", "max_grad_norm", "mixed_precision"}  # fmt: skip
 
 
 def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
@@ -2815,6 +2877,9 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
         )
     for text in harmless:
         logger.warning(f"Resuming with a change: {text}")
+    passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
+    if passed_over > 0 and "samples in all" in changes:
+        logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
@@ -3009,7 +3074,7 @@ class Progress:
             "loss": loss,
             "lr": learning_rate,
             "grad_norm": grad_norm,
-            "epoch": step / self.plan.updates_per_epoch,
+            "epoch": self.plan.samples_seen(step) / self.plan.samples_per_epoch,
         }
         if self.accelerator.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -3028,13 +3093,18 @@ class Progress:
 
 
 def accumulate_gradients(
-    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch], step: int, run: Run
+    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], step: int, run: Run
 ) -> Tensor:
-    """Add up the gradients of an update's micro-batches in this process; returns the sum of their losses."""
+    """Add up the gradients of an update's micro-batches in this process.
+
+    Returns the sum of their losses, or NaN where one of them does not come.
+    """
     accelerator, loss = run.accelerator, torch.zeros((), device=run.accelerator.device)
     if state.scaler:  # it needs to have seen something, also where this process has no sample
         state.scaler.scale(loss)
     for number, batch in enumerate(batches):
+        if batch is None:
+            return torch.full_like(loss, math.nan)
         if run.args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
             torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
@@ -3070,16 +3140,17 @@ def train(
     args, accelerator, plan = run.args, run.accelerator, data.plan
     progress, skipped_in_a_row = Progress(plan, state.step, accelerator), 0
     state.transformer.train()
-    with StopSignal() as stop:
-        for step, batches in data.read(state.step):
+    with StopSignal() as stop, contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
+        for step, batches in updates:
             loss = accumulate_gradients(state, data.vae, batches, step, run)
             loss, stopping = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
-            loss, norm = apply_gradients(state, loss, run)
-            assert state.step == step
-            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
+            if not stopping or loss.isfinite():  # else its pictures did not come: a resumed run takes it again
+                loss, norm = apply_gradients(state, loss, run)
+                assert state.step == step
+                skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
+                progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
-            progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
 
             if stopping or step % args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
@@ -3087,7 +3158,7 @@ def train(
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
-            if step % (args.validation_epochs * plan.updates_per_epoch) == 0 and step < plan.max_train_steps:
+            if plan.validates(step) and step < plan.max_train_steps:
                 validation(step)
     return 0
 
@@ -3177,8 +3248,7 @@ def main(args: argparse.Namespace) -> None:
     # Training
     state = load_training_state(targets, plan, checkpoint, run)
     validation = Validation(state.transformer, state.held_out, data, run)
-    every = args.validation_epochs * plan.updates_per_epoch
-    if state.step % every == 0 and state.step < plan.max_train_steps:
+    if plan.validates(state.step) and state.step < plan.max_train_steps:
         validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
     if stopped_by := train(state, data, validation, fingerprint, run):
         accelerator.end_training()
@@ -3214,10 +3284,7 @@ def run_command_line() -> int:
     try:
         main(parse_args())
     except (UserError, TrainingError) as error:
-        text = str(error)
-        if text.startswith("Caught "):  # in a DataLoader worker, which puts its traceback before
-            text = text.strip().rpartition("UserError: ")[2]
-        print_error(text)
+        print_error(str(error))
         return 2 if isinstance(error, UserError) else 1
     except (OSError, SafetensorError) as error:  # a disk that is full, a folder that cannot be written
         print_error(first_line(error))

@@ -6,6 +6,7 @@ Most changes are faults that a trainer can have and still see its loss fall: tes
 notice each of them. `bitsandbytes_on_cpu` is none: it lets diffusers quantize without a GPU.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -37,14 +38,14 @@ def latent_scale():
 
 def captions():
     """Each picture is trained with the caption of another, half of the folder away."""
-    original = trainer.BucketBatchSampler.draw
+    original = trainer.TrainingPlan.draw
 
-    def draw(self, kind, number, index):
-        examples = self.examples[kind]
-        other = examples[(index + len(examples) // 2) % len(examples)]
-        return original(self, kind, number, index)._replace(prompt=other.caption)
+    def draw(self, example, *args):
+        examples = self.examples[example.kind]
+        other = examples[(examples.index(example) + len(examples) // 2) % len(examples)]
+        return dataclasses.replace(original(self, example, *args), prompt=other.caption)
 
-    trainer.BucketBatchSampler.draw = draw
+    trainer.TrainingPlan.draw = draw
 
 
 def bf16_lora():

@@ -6,6 +6,7 @@ notes what it did: what it trained on, read, encoded and wrote, and the bytes of
 
 import contextlib
 import functools
+import math
 import os
 import shutil
 import signal
@@ -337,20 +338,22 @@ def test_every_process_trains_on_pictures_with_their_own_captions(finished_run, 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_epoch_shows_each_picture_as_often_as_repeats_says_and_class_pictures_in_turn(
+def test_updates_are_whole_and_show_each_picture_as_often_as_another_and_class_pictures_in_turn(
     finished_run, references, name
 ):
     updates = trained_pairs(finished_run(name), references)
     total_batch = 6 if "three" in name else 4
-    updates_per_epoch = -(-len(PICTURES) * REPEATS // total_batch)
-    assert len(updates) == updates_per_epoch * (2 if "three" in name else 5)
+    samples = 2 * len(PICTURES) * REPEATS if "three" in name else 20 * total_batch  # two epochs, or twenty updates
     shown = Counter()
-    for start in range(0, len(updates), updates_per_epoch):
-        epoch = Counter(picture for update in updates[start : start + updates_per_epoch] for picture, _ in update)
-        assert {picture: epoch[picture] for picture in PICTURES} == dict.fromkeys(PICTURES, REPEATS)
-        shown += epoch
-        turns = [shown[picture] for picture in CLASS_PICTURES]
-        assert sum(turns) == (start // updates_per_epoch + 1) * len(PICTURES) * REPEATS
+    for number, update in enumerate(updates, 1):
+        shown.update(picture for picture, _ in update)
+        instances = {picture: shown[picture] for picture in PICTURES}
+        assert sum(instances.values()) == min(number * total_batch, samples)
+        assert max(instances.values()) - min(instances.values()) <= REPEATS
+    assert len(updates) == math.ceil(samples / total_batch)
+    turns = [shown[picture] for picture in CLASS_PICTURES]
+    assert sum(turns) == samples
+    if samples % (len(PICTURES) * REPEATS) == 0:
         assert max(turns) - min(turns) <= 1
 
 
@@ -473,15 +476,18 @@ def test_validation_pictures_and_held_out_loss_are_those_of_one_process(pictures
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["two", "two, sharded"])
-def test_one_picture_for_two_processes_is_trained_on_once_an_update(tiny_model, tmp_path, fsdp):
+def test_three_epochs_of_one_picture_leave_one_of_two_processes_without_a_sample_at_the_end(
+    tiny_model, tmp_path, fsdp
+):
     paint(tmp_path / "tile", {"red": PICTURES["red"]})
-    result = train_together(
-        2, train_args(tiny_model, tmp_path / "tile", tmp_path / "out", max_train_steps=3), tmp_path, fsdp
-    )
+    flags = {"max_train_steps": None, "num_train_epochs": 3}
+    result = train_together(2, train_args(tiny_model, tmp_path / "tile", tmp_path / "out", **flags), tmp_path, fsdp)
+    updates = []
     for micro_batches in zip(*(notes["updates"] for notes in result.notes), strict=True):
         weights = [weight for process in micro_batches for batch in process for weight in batch["weights"].tolist()]
-        assert [weight for weight in weights if weight] == [1.0]
-    assert "3 steps of 2 pictures: 3.0 epochs of 1 samples" in result.outputs[0]
+        updates.append([weight for weight in weights if weight])
+    assert updates == [[0.5, 0.5], [1.0]]
+    assert "2 steps of 2 pictures: 3.0 epochs of 1 samples" in result.outputs[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

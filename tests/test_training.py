@@ -325,7 +325,7 @@ def test_trains_each_picture_with_its_own_caption_in(combination, runs, recognis
     own = dict.fromkeys(COLOURS, PROMPT) if source == "prompt" else CAPTIONS
     own = own | dict.fromkeys(CLASS_COLOURS, CLASS_PROMPT)
     seen = Counter(recognise(latents, embeds, captions) for latents, embeds in record.samples())
-    epochs = 12 / math.ceil(len(COLOURS) / batch_size)
+    epochs = 12 * batch_size / len(COLOURS)
     assert {pair: n for pair, n in seen.items() if pair[0] in COLOURS} == {
         (name, own[name]): epochs for name in COLOURS
     }
@@ -343,7 +343,7 @@ def test_trains_each_picture_with_its_own_caption_in(combination, runs, recognis
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_keep_their_captions_with_loader_processes(train, tiny_model, sources, recognise, captions, tmp_path):
+def test_pictures_keep_their_captions_with_several_threads(train, tiny_model, sources, recognise, captions, tmp_path):
     flags = FLAGS | sources["sidecar"] | BUCKETS["listed-buckets"]
     record = train(
         *train_args(tiny_model, None, tmp_path / "out", train_batch_size=2, dataloader_num_workers=2, **flags)
@@ -352,7 +352,7 @@ def test_pictures_keep_their_captions_with_loader_processes(train, tiny_model, s
     assert seen == dict.fromkeys(CAPTIONS.items(), 6)
 
 
-def test_loader_processes_change_nothing(train, tiny_model, sources, tmp_path):
+def test_threads_change_nothing(train, tiny_model, sources, tmp_path):
     flags = FLAGS | sources["sidecar"] | {"random_flip": True}
     alone = train(*train_args(tiny_model, None, tmp_path / "a", **flags))
     helped = train(*train_args(tiny_model, None, tmp_path / "b", dataloader_num_workers=2, **flags))

@@ -1,0 +1,275 @@
+"""Which samples make an update, and the threads that read them ahead of time."""
+
+import math
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_dreambooth_lora_z_image as trainer
+from tiny import train_args
+
+
+SHAPES = ((64, 64), (64, 96), (96, 64))
+CAPTIONS = ("a dog", "a dog in a bucket, asleep")
+
+
+def make_plan(pictures=5, repeats=1, processes=1, process=0, sharded=False, seed=0, classes=0, shapes=SHAPES, **flags):
+    """A plan of so many pictures of three shapes and two lengths of caption."""
+    examples = {
+        "instance": [
+            trainer.Example(
+                "instance", str(i), Path(str(i)), CAPTIONS[i % 2], (64, 64), shapes[i % len(shapes)], repeats
+            )
+            for i in range(pictures)
+        ]
+    }
+    if classes:
+        examples["class"] = [
+            trainer.Example("class", str(i), Path(str(i)), "a cat", (64, 64), (64, 64), 1) for i in range(classes)
+        ]
+    args = trainer.parse_args(train_args("model", "data", "out", **{"max_train_steps": None} | flags))
+    accelerator = SimpleNamespace(num_processes=processes, process_index=process)
+    run = SimpleNamespace(args=args, seed=seed, accelerator=accelerator, sharded=sharded)
+    lengths = {"": 20, "a cat": 20, CAPTIONS[0]: 20, CAPTIONS[1]: 50}
+    return trainer.TrainingPlan(examples, run, {text: torch.zeros(n, 1) for text, n in lengths.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole updates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("pictures", [1, 3, 5, 7, 1000])
+def test_updates_are_whole_and_take_every_picture_equally_often(pictures, repeats, batch_size, processes):
+    sizes = {"pictures": pictures, "repeats": repeats, "train_batch_size": batch_size, "processes": processes}
+    total, steps = batch_size * processes, 60 if pictures < 1000 else 3 * 1000 // (batch_size * processes)
+    plan = make_plan(**sizes, max_train_steps=steps)
+    counts, numbers = Counter(dict.fromkeys(plan.examples["instance"], 0)), set()
+    assert plan.max_train_steps == steps
+    for step in range(steps):
+        samples = plan.update(step)
+        counts.update(sample.example for sample in samples)
+        numbers.update(sample.number for sample in samples)
+        assert len(samples) == total and len(numbers) == (step + 1) * total
+        assert sum(sample.weight for sample in samples) == pytest.approx(1)
+        # With each of its slots taken k or k + 1 times, a picture has been taken between k and k + 1 times `repeats`.
+        assert max(counts.values()) - min(counts.values()) <= repeats
+    for step in {0, steps // 3, steps - 1}:  # as a resumed run finds it
+        assert make_plan(**sizes, max_train_steps=steps).update(step) == plan.update(step)
+
+
+@pytest.mark.parametrize(("epochs", "pictures", "batch_size"), [(1, 5, 4), (2, 5, 4), (3, 7, 2), (3, 1, 4), (2, 4, 2)])
+def test_the_last_update_of_a_run_set_by_epochs_is_the_front_part_of_that_of_a_longer_one(
+    epochs, pictures, batch_size
+):
+    plan, longer = (
+        make_plan(pictures, train_batch_size=batch_size, num_train_epochs=number) for number in (epochs, 10)
+    )
+    assert plan.max_train_steps == math.ceil(epochs * pictures / batch_size)
+    updates = [plan.update(step) for step in range(plan.max_train_steps)]
+    counts = Counter(sample.example.name for samples in updates for sample in samples)
+    assert counts == {str(i): epochs for i in range(pictures)}
+    for step, samples in enumerate(updates[:-1]):
+        assert samples == longer.update(step)
+    last, whole = ({sample.number for sample in p.update(plan.max_train_steps - 1)} for p in (plan, longer))
+    assert last == set(sorted(whole)[: len(last)]) if len(last) < batch_size else last == whole
+    assert sum(sample.weight for sample in updates[-1]) == pytest.approx(1)
+
+
+def test_an_update_draws_the_permutations_of_its_own_epochs_alone(monkeypatch):
+    seeds = []
+    original = trainer.seeded_generator
+    monkeypatch.setattr(trainer, "seeded_generator", lambda *parts: seeds.append(parts) or original(*parts))
+    plan = make_plan(10_000, train_batch_size=4, max_train_steps=200_000)
+    assert len(plan.update(100_000)) == 4
+    assert [seed for seed in seeds if "order" in seed] == [(0, "order", 40)]
+    assert len(seeds) < 20
+    spanning = make_plan(10_000, train_batch_size=3, max_train_steps=200_000)
+    seeds.clear()
+    spanning.update(3333)
+    assert [seed for seed in seeds if "order" in seed] == [(0, "order", 0), (0, "order", 1)]
+
+
+def test_an_update_inside_an_epoch_has_one_size_and_length_where_they_suffice():
+    plan = make_plan(600, train_batch_size=4, max_train_steps=300)
+    updates = [{plan.key(sample.example, sample.prompt) for sample in plan.update(step)} for step in range(300)]
+    assert [len(keys) for keys in updates] == [1] * 300  # 600 pictures of six kinds, 100 of each
+    mixed = make_plan(602, train_batch_size=4, max_train_steps=301)
+    several = [step for step in range(301) if len({s.example.bucket for s in mixed.update(step)}) > 1]
+    assert 0 < len(several) < 10 and 150 in several  # the one in the middle has pictures of both epochs
+
+
+def test_an_update_of_two_epochs_has_the_rest_of_one_and_the_front_of_the_next():
+    plan = make_plan(5, train_batch_size=4, max_train_steps=5)
+    numbers = [sorted(sample.number for sample in plan.update(step)) for step in range(5)]
+    assert numbers == [[4 * step + i for i in range(4)] for step in range(5)]
+
+
+def test_the_order_and_the_seed_of_the_samples_change_with_the_seed_and_the_epoch():
+    def order(seed, epoch):
+        plan = make_plan(50, seed=seed, max_train_steps=200)
+        return [plan.update(50 * epoch + place)[0].example.name for place in range(50)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_class_pictures_take_turns_one_for_each_instance_sample():
+    flags = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a cat"}
+    plan = make_plan(5, classes=3, train_batch_size=4, num_train_epochs=3, prior_loss_weight=0.5, **flags)
+    turns = Counter()
+    for step in range(plan.max_train_steps):
+        samples = plan.update(step)
+        priors = [sample for sample in samples if sample.example.kind == "class"]
+        assert sorted(p.number for p in priors) == sorted(s.number for s in samples if s.example.kind == "instance")
+        assert sum(prior.weight for prior in priors) == pytest.approx(0.5)
+        turns.update(prior.example.name for prior in priors)
+    assert turns == {"0": 5, "1": 5, "2": 5}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
+@pytest.mark.parametrize(("processes", "batch_size", "accumulation"), [(1, 4, 1), (2, 2, 1), (1, 1, 4), (4, 1, 1)])
+def test_an_update_is_the_same_however_it_is_divided(processes, batch_size, accumulation, sharded):
+    flags = {"caption_dropout": 0.3, "random_flip": True, "num_train_epochs": 3}
+    reference = make_plan(7, train_batch_size=4, **flags)
+    sizes = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation, "processes": processes}
+    plans = [make_plan(7, **sizes, **flags, process=i, sharded=sharded) for i in range(processes)]
+    for step in range(reference.max_train_steps):
+        parts = [plan.micro_batches(step) for plan in plans]
+        taken = [sample for part in parts for batch in part for sample in batch if sample.weight]
+        assert taken == reference.update(step)
+        for batch in (batch for part in parts for batch in part):
+            assert 0 < len(batch) <= batch_size
+            assert len({plans[0].key(sample.example, sample.prompt) for sample in batch}) == 1
+        if sharded:  # every process must run as many forward passes as the others
+            assert len({len(part) for part in parts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "epochs", "steps"),
+    [(4, 1, 1, [0, 4, 8]), (4, 1, 2, [0, 8]), (5, 4, 1, [0, 2, 3, 4, 5, 7, 8, 9]), (1, 4, 2, list(range(10)))],
+)
+def test_validation_comes_when_the_samples_seen_pass_a_multiple_of_its_epochs(pictures, batch_size, epochs, steps):
+    plan = make_plan(pictures, train_batch_size=batch_size, validation_epochs=epochs, max_train_steps=100)
+    assert [step for step in range(10) if plan.validates(step)] == steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads that read ahead
+# ---------------------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def loaded(number):
+    value = torch.tensor([float(number)])
+    return trainer.MicroBatch(value, value, value, [value])
+
+
+@pytest.fixture
+def reader():
+    """`reader(load, jobs, threads)`: reading threads that are closed after the test; a job is any value."""
+    opened = []
+
+    def reader(load, jobs, threads=2):
+        opened.append(trainer.ReadingThreads(load, jobs, threads))
+        return opened[-1]
+
+    yield reader
+    for threads in opened:
+        threads.close()
+
+
+def take(reading, stopping=False):
+    return reading.take(CPU, lambda: stopping, 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_micro_batches_come_in_their_order_whichever_is_read_first(threads, reader):
+    hasty = threading.Event()
+
+    def load(number):
+        if number == 0 and threads > 1:
+            assert hasty.wait(30)  # the second is read before
+        elif number == 1:
+            hasty.set()
+        return loaded(number)
+
+    reading = reader(load, range(20), threads)
+    assert [take(reading).noise.item() for _ in range(20)] == list(range(20))
+
+
+def test_what_is_read_ahead_is_bounded(reader):
+    read = []
+
+    def jobs():
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    reading = reader(loaded, jobs(), 3)
+    for taken in range(1, 50):
+        take(reading)
+        assert len(read) - taken <= 3 + 2
+
+
+class Strange(Exception):
+    pass
+
+
+def test_an_error_in_a_thread_keeps_its_type_and_message_and_comes_in_its_turn(reader):
+    def load(number):
+        if number == 2:
+            raise Strange("cat.png")
+        return loaded(number)
+
+    reading = reader(load, range(10))
+    assert [take(reading).noise.item() for _ in range(2)] == [0, 1]
+    with pytest.raises(Strange, match=r"^cat\.png$"):
+        take(reading)
+
+
+def test_a_stop_is_not_held_up_by_a_read_that_never_returns(reader):
+    stuck, entered = threading.Event(), threading.Event()
+
+    def load(number):
+        if number == 1:
+            entered.set()
+            stuck.wait()
+        return loaded(number)
+
+    reading = reader(load, range(10), 1)
+    assert take(reading).noise.item() == 0
+    assert entered.wait(30)
+    started = time.monotonic()
+    assert take(reading, stopping=True) is None
+    reading.close()
+    assert time.monotonic() - started < 5
+    stuck.set()
+
+
+def test_an_update_in_progress_waits_a_little_for_its_pictures(reader):
+    asked = threading.Event()
+
+    def load(number):
+        assert number == 0 or asked.wait(30)
+        return loaded(number)
+
+    reading = reader(load, range(2), 1)
+    take(reading)
+    assert reading.take(CPU, lambda: asked.set() or True, 30).noise.item() == 1
+
+
+def test_threads_end_when_they_are_closed(reader):
+    reading = reader(loaded, range(100), 3)
+    take(reading)
+    reading.close()
+    assert not any(thread.is_alive() for thread in reading.threads)
