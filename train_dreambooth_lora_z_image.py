@@ -196,6 +196,42 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+FILE_KINDS = {  # by their first bytes
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a pickled checkpoint",
+    b"\x80": "a pickled checkpoint",
+    b"version": "a git-lfs pointer, not the weights",
+    b"<": "a web page",
+}
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """{tensor: {"dtype", "shape", "data_offsets"}} of a file, and its "__metadata__".
+
+    Raises UserError that says what the file is where it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a safetensors file")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        text = file.read(length) if length < 10**8 else b""  # which is safetensors' own limit
+    size, actual = 8 + length, path.stat().st_size
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError
+        header = json.loads(text) if len(text) == length else {}
+        size += (
+            max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__") if header else 1
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        kind = next((kind for magic, kind in FILE_KINDS.items() if start.startswith(magic)), "no safetensors file")
+        raise UserError(f"{path} is {kind}: give a safetensors file") from None
+    if size > actual:
+        raise UserError(f"{path} is half a download ({actual:,} bytes of at least {size:,}): fetch it again")
+    return header
+
+
 def digest_of(value: Any) -> str:
     """A digest of anything whose repr says all of it."""
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
@@ -392,13 +428,15 @@ def build_parser() -> OneLineErrorParser:
         help="Precision of generating them. Default: that of training.")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=count, default=4, metavar="N", help="Dimension of the LoRA matrices. Default: 4.")
-    add("--lora_alpha", type=positive, default=4, metavar="A",
-        help="The update is scaled by alpha / rank. Default: 4.")
+    add("--init_lora", metavar="PATH",
+        help="Start from this LoRA, of diffusers', ComfyUI's or kohya's names: a file, a folder, or a Hub id.")
+    add("--rank", type=count, metavar="N", help="Dimension of the LoRA matrices. Default: --init_lora's, or 4.")
+    add("--lora_alpha", type=positive, metavar="A",
+        help="The update is scaled by alpha / rank. Default: --init_lora's, or 4.")
     add("--lora_dropout", type=bounded(float, low=0, high=0.99), default=0.0, metavar="P",
         help="Dropout on the input of the LoRA. Default: 0.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", metavar="NAMES",
-        help="Modules that get a LoRA: suffixes such as to_q, or paths such as layers.0.attention.to_q.")
+    add("--lora_layers", metavar="NAMES",
+        help="Modules that get a LoRA, by suffix or path. Default: --init_lora's, or to_k,to_q,to_v,to_out.0.")
 
     add = parser.add_argument_group("Optimization").add_argument
     add("--train_batch_size", type=count, default=4, metavar="N", help="Pictures at once in each process. Default: 4.")
@@ -1041,6 +1079,25 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     return PipelineInfo(name, path, args.variant, transformer, vae, text_config, scheduler, factor, channels, identity)
 
 
+Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraSettings:
+    """What the LoRA is, by the flags or by the file of `--init_lora`."""
+
+    rank: int
+    alpha: float
+    targets: Targets
+    initial: State | None = None  # the matrices that it starts from, under their names in PEFT
+    initial_digest: str | None = None  # of the file that they come from
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the modules that get a LoRA."""
+        return sorted({path for paths in self.targets.values() for path in paths})
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What is decided once and holds for the whole run."""
@@ -1050,6 +1107,7 @@ class Run:
     pipeline: PipelineInfo
     seed: int
     weight_dtype: torch.dtype  # of the frozen weights and the products
+    lora: LoraSettings
 
     @property
     def sharded(self) -> bool:
@@ -1634,20 +1692,22 @@ def names_module(name: str, path: str) -> bool:
     )
 
 
-Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
+Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs)}
 
 
-def resolve_lora_layers(names: str, config: dict[str, Any]) -> Targets:
-    """The linear layers that `--lora_layers` means. Raises UserError.
+def linear_layers(config: dict[str, Any]) -> Linear:
+    """All linear layers of a transformer."""
+    with torch.device("meta"):
+        modules = ZImageTransformer2DModel.from_config(config).named_modules()
+    return {name: (m.in_features, m.out_features) for name, m in modules if isinstance(m, torch.nn.Linear)}
+
+
+def resolve_lora_layers(names: str, linear: Linear) -> Targets:
+    """The layers that `--lora_layers` means. Raises UserError.
 
     A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
     (`ff.net.0.proj`, `ff.net.2`) mean this model's.
     """
-    with torch.device("meta"):
-        transformer = ZImageTransformer2DModel.from_config(config)
-    linear = {
-        n: m.in_features + m.out_features for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
-    }
     resolved = {}
     for requested in filter(None, (name.strip() for name in names.split(","))):
         own = [requested]
@@ -1655,7 +1715,7 @@ def resolve_lora_layers(names: str, config: dict[str, Any]) -> Targets:
             if requested == foreign or requested.endswith("." + foreign):
                 own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
                 logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
-        resolved[requested] = {path: linear[path] for path in linear if any(names_module(n, path) for n in own)}
+        resolved[requested] = {path: sum(linear[path]) for path in linear if any(names_module(n, path) for n in own)}
         if not resolved[requested]:
             known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
             near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
@@ -1666,6 +1726,97 @@ def resolve_lora_layers(names: str, config: dict[str, Any]) -> Targets:
     return resolved
 
 
+def find_lora_file(path: str, cache_dir: str | None) -> Path:
+    """The file that is given by its path, its folder's, or `OWNER/NAME` or `OWNER/NAME/FILE` on the Hub."""
+    parts = path.split("/", 2)
+    if not os.path.exists(path) and len(parts) > 1:
+        pattern = parts[2] if parts[2:] else "*.safetensors"
+        path = snapshot_download("/".join(parts[:2]), allow_patterns=pattern, cache_dir=cache_dir)
+        path = os.path.join(path, *parts[2:])
+    if not os.path.isdir(path):
+        return Path(path)
+    files = [Path(path, LORA_FILE)] if Path(path, LORA_FILE).is_file() else sorted(Path(path).rglob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"name one of its files: {', '.join(map(str, files[:9])) or 'it has no safetensors file'}")
+    return files[0]
+
+
+LORA_NAME = re.compile(
+    r"(?:(?:transformer|base_model\.model|(?:model\.)?diffusion_model)\.|lora_(?:unet|transformer)_)?"
+    r"(.+?)\.(lora_A|lora[_.]down|lora_B|lora[_.]up|alpha)(?:\.default)?(?:\.weight)?"
+)
+OTHER_ADAPTERS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitude_vector": "a DoRA"}
+
+
+def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
+    """A LoRA under diffusers', ComfyUI's or kohya's names: its float32 matrices under PEFT's, and {module: alpha}.
+
+    ComfyUI and kohya may name the original model's modules, where one matrix gives q, k and v. Raises UserError.
+    """
+    header = safetensors_header(path)
+    flat = {module.replace(".", "_"): [module] for module in linear}
+    flat |= {re.sub(r"^all_|_2-1|to_(?=out_0)|(?<=out)_0$", "", name): modules for name, modules in flat.items()}
+    fused = {name: modules[0] for name, modules in flat.items() if name.endswith("attention_to_q")}
+    flat |= {n.replace("to_q", "qkv"): [q.replace("to_q", f"to_{x}") for x in "qkv"] for n, q in fused.items()}
+    state, alphas = {}, {}
+    for name, tensor in sorted(load_file(path).items(), key=lambda item: "qkv" not in item[0]):  # split ones win
+        match = LORA_NAME.fullmatch(name)
+        modules = match and flat.get(match[1].replace(".", "_"))
+        if not modules:
+            kinds = {**OTHER_ADAPTERS, "lora": "a LoRA of another model", "": "no LoRA"}
+            raise UserError(f"{path} is {next(kind for part, kind in kinds.items() if part in name)}: it holds {name}")
+        side = "B" if match[2] in ("lora_B", "lora_up", "lora.up") else "A"
+        parts = tensor.float().chunk(len(modules)) if side == "B" else [tensor.float()] * len(modules)
+        for module, part in zip(modules, parts, strict=True):
+            if match[2] == "alpha":
+                alphas[module] = part.item()
+            else:
+                state[f"{module}.lora_{side}.weight"] = part
+    saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
+    saved = {name.removeprefix("transformer."): value for name, value in saved.items()}
+    patterns = [*saved.get("alpha_pattern", {}).items(), ("", saved.get("lora_alpha"))]
+    for module in {name.rpartition(".lora_")[0] for name in state}:
+        down, up = (state.get(f"{module}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
+        shape = (down.shape[1], up.shape[0])
+        if shape != linear[module] or len(down) != up.shape[1]:
+            raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {linear[module]}")
+        by_metadata = next(alpha for end, alpha in patterns if re.search(rf"(^|\.){end}$", module) or not end)
+        alphas[module] = (alphas.get(module) or by_metadata or len(down)) * (
+            len(down) ** 0.5 if saved.get("use_rslora") else 1
+        )
+    return state, alphas
+
+
+def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, Any]) -> LoraSettings:
+    """What the LoRA is: as the flags say, where they are silent as the file of `--init_lora`. Raises UserError."""
+    linear, path = linear_layers(transformer_config), args.init_lora
+    targets = resolve_lora_layers(args.lora_layers or "to_k,to_q,to_v,to_out.0", linear)
+    if path is None:
+        return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets)
+    with user_errors(f"--init_lora {path}", UserError, Exception):
+        file = find_lora_file(path, args.cache_dir)
+        state, alphas = read_lora(file, linear)
+    ranks = sorted({len(matrix) for name, matrix in state.items() if ".lora_A." in name})
+    if ranks != [args.rank or ranks[0]]:
+        given = f"--rank {args.rank}: leave that out" if args.rank else "one for all: resize it"
+        raise UserError(f"--init_lora {path} has rank {', '.join(map(str, ranks))}, not {given}")
+    if args.lora_layers is None:
+        targets = {}
+        for module in sorted(alphas):  # by their ends, as a person would name them
+            targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
+    lora = LoraSettings(
+        ranks[0], args.lora_alpha or statistics.mode(alphas.values()), targets, state, file_digest(file)
+    )
+    if other := sorted(set(lora.modules) ^ set(alphas)):
+        raise UserError(
+            f"--init_lora {path} is on {len(alphas)} layers, --lora_layers {args.lora_layers} on {len(lora.modules)} "
+            f"(not both have {other[0]}): leave that out"
+        )
+    for module, alpha in alphas.items():
+        state[f"{module}.lora_B.weight"] *= alpha / lora.alpha
+    return lora
+
+
 def disable_input_casts(transformer: ZImageTransformer2DModel) -> None:
     """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
     for module in transformer.modules():
@@ -1673,19 +1824,20 @@ def disable_input_casts(transformer: ZImageTransformer2DModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def add_lora(transformer: ZImageTransformer2DModel, targets: Targets, run: Run) -> list[torch.nn.Parameter]:
-    """Add the adapter in float32: A gaussian, B zero, so that the model starts unchanged. Returns its parameters."""
-    args = run.args
+def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.Parameter]:
+    """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters."""
     torch.manual_seed(run.seed)
     transformer.add_adapter(
         LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=sorted({path for paths in targets.values() for path in paths}),
+            r=run.lora.rank,
+            lora_alpha=run.lora.alpha,
+            lora_dropout=run.args.lora_dropout,
+            init_lora_weights="gaussian",  # the model starts unchanged
+            target_modules=run.lora.modules,
         )
     )
+    if run.lora.initial:
+        set_peft_model_state_dict(transformer, run.lora.initial)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
         parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
@@ -1785,11 +1937,11 @@ def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = save_lora(transformer, folder, run.saving_dtype)
         comfyui.parent.mkdir(exist_ok=True)
-        save_file(comfyui_state(state, args.lora_alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
+        save_file(comfyui_state(state, run.lora.alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
         put_in_place(comfyui.with_suffix(".part"), comfyui)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
-    scale = args.lora_alpha / args.rank
+    scale = run.lora.alpha / run.lora.rank
     for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
         loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
         for name in lora_modules(state):
@@ -2662,24 +2814,26 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def loggable(args: argparse.Namespace) -> dict[str, int | float | str]:
+def loggable(run: Run) -> dict[str, int | float | str]:
     """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
+    lora = {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "lora_layers": ",".join(run.lora.targets)}
     return {
         name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in vars(args).items()
+        for name, value in (vars(run.args) | lora).items()
         if name != "hub_token"
     }
 
 
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def start_trackers(run: Run) -> None:
     """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
+    args, accelerator = run.args, run.accelerator
     if args.hub_token:  # some store the command line, and one asks the kernel for it
         sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
         if "swanlab" in map(str, accelerator.log_with):
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     with user_errors(f"--report_to {args.report_to} cannot start"):
         own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(args), init_kwargs=own_parser)
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=own_parser)
 
 
 @functools.cache
@@ -2700,7 +2854,7 @@ def count_parameters(pipeline: PipelineInfo) -> dict[str, int]:
     }
 
 
-def expected_memory(examples: Examples, targets: Targets, run: Run) -> dict[str, float]:
+def expected_memory(examples: Examples, run: Run) -> dict[str, float]:
     """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
     args, config = run.args, run.pipeline.transformer_config
     width, parameters = run.weight_dtype.itemsize, count_parameters(run.pipeline)
@@ -2711,7 +2865,7 @@ def expected_memory(examples: Examples, targets: Targets, run: Run) -> dict[str,
         scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
         narrow = 0.5 + scales if quantization.load_in_4bit else 1
         weights -= (parameters["products"] + parameters["modulation"]) * (width - narrow)
-    rank_parameters = args.rank * sum(sum(paths.values()) for paths in targets.values())
+    rank_parameters = run.lora.rank * sum(sum(paths.values()) for paths in run.lora.targets.values())
     state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
     adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
     # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
@@ -2747,7 +2901,7 @@ def expected_memory(examples: Examples, targets: Targets, run: Run) -> dict[str,
     return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
 
 
-def other_flags(examples: Examples, targets: Targets, run: Run) -> dict[str, float]:
+def other_flags(examples: Examples, run: Run) -> dict[str, float]:
     """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
     flags = ["gradient_checkpointing", "cache_latents"]
     if run.args.optimizer == "adamw":
@@ -2760,7 +2914,7 @@ def other_flags(examples: Examples, targets: Targets, run: Run) -> dict[str, flo
     for flag in flags:
         given = getattr(run.args, flag)
         other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
-        peak = expected_memory(examples, targets, other)["training"]
+        peak = expected_memory(examples, other)["training"]
         peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
     return peaks
 
@@ -2790,9 +2944,7 @@ def describe_pictures(examples: Examples) -> list[str]:
     return lines
 
 
-def describe_plan(
-    examples: Examples, missing_class_images: int, targets: Targets, plan: TrainingPlan, run: Run
-) -> list[str]:
+def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> list[str]:
     """What the run will do, as lines: pictures, steps, LoRA, memory."""
     args, lines = run.args, describe_pictures(examples)
     if missing_class_images:
@@ -2803,14 +2955,16 @@ def describe_plan(
         f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
         f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
     )
-    for name, paths in targets.items():
+    for name, paths in run.lora.targets.items():
         blocks = Counter(path.split(".")[0] for path in paths)
         where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
-        lines.append(f"LoRA on {name}: {len(paths)} modules ({where}), {args.rank * sum(paths.values()):,} parameters")
-    memory = expected_memory(examples, targets, run)
+        lines.append(
+            f"LoRA on {name}: {len(paths)} modules ({where}), {run.lora.rank * sum(paths.values()):,} parameters"
+        )
+    memory = expected_memory(examples, run)
     lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
     if args.dry_run:
-        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(examples, targets, run).items()]
+        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(examples, run).items()]
     return lines
 
 
@@ -2818,7 +2972,7 @@ def describe_plan(
 # fmt: off
 MATHEMATICS = [
     "repeats", "center_crop", "random_flip", "max_sequence_length", "caption_dropout", "cache_latents",
-    "with_prior_preservation", "prior_loss_weight", "class_prompt", "rank", "lora_alpha", "lora_dropout",
+    "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
@@ -2827,10 +2981,8 @@ MATHEMATICS = [
 # fmt: on
 
 
-def make_fingerprint(
-    examples: Examples, missing_class_images: int, targets: Targets, plan: TrainingPlan, run: Run
-) -> dict[str, Any]:
-    """What decides the mathematics of a run, by name: flags, and digests of the data, the targets and the model."""
+def make_fingerprint(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> dict[str, Any]:
+    """What decides the mathematics of a run, by name: flags, and digests of the data, the LoRA and the model."""
     instances, quantized_by = examples["instance"], run.args.bnb_quantization_config_path
     data = [
         (Path(e.name).name, e.size, e.source.stat().st_size if isinstance(e.source, Path) else None) for e in instances
@@ -2849,7 +3001,10 @@ def make_fingerprint(
             "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
             "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
             "number of class images": len(examples.get("class", [])) + missing_class_images,
-            "lora_layers": digest_of(sorted(path for paths in targets.values() for path in paths)),
+            "lora_layers": digest_of(run.lora.modules),
+            "rank": run.lora.rank,
+            "lora_alpha": run.lora.alpha,
+            "init_lora": run.lora.initial_digest,
         }
         | {component: digest for component, digest in run.pipeline.identity.items() if digest}
     )
@@ -2931,10 +3086,10 @@ def is_finished(args: argparse.Namespace, max_train_steps: int) -> bool:
         return False
     if steps < max_train_steps:
         return False
-    logger.info(
-        f"{args.output_dir} holds a finished run; its files are left alone. "
-        "To go on from its last checkpoint, raise --max_train_steps"
-    )
+    go_on = f"To train its LoRA on, give --init_lora {args.output_dir} and another --output_dir"
+    if list_checkpoints(args.output_dir):
+        go_on = "To go on from its last checkpoint, raise --max_train_steps"
+    logger.info(f"{args.output_dir} holds a finished run; its files are left alone. {go_on}")
     return True
 
 
@@ -2948,11 +3103,11 @@ def inline_code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def write_model_card(args: argparse.Namespace, files: list[Path]) -> None:
+def write_model_card(run: Run, files: list[Path]) -> None:
     """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    prompts = validation_prompts(args, final=True)
+    args, prompts = run.args, validation_prompts(run.args, final=True)
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
     pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
     data = ModelCardData(
@@ -2969,7 +3124,7 @@ def write_model_card(args: argparse.Namespace, files: list[Path]) -> None:
     )
     cells = {
         name: inline_code(json.dumps(value, ensure_ascii=False))
-        for name, value in loggable(args).items()
+        for name, value in loggable(run).items()
         if value != "None" and value is not False
     }
     quantized = {"do_fp8_training": "float8", "bnb_quantization_config_path": "bitsandbytes' low precision"}
@@ -3001,14 +3156,16 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
 
 
-def push_to_hub(args: argparse.Namespace, files: list[Path]) -> None:
+def push_to_hub(run: Run, files: list[Path]) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     from huggingface_hub import HfApi
 
+    args = run.args
     api, patterns = HfApi(token=args.hub_token), [LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*.png"]
     try:
         repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
-        write_model_card(argparse.Namespace(**{**vars(args), "hub_model_id": repository}), files)  # the owner is known
+        owned = argparse.Namespace(**{**vars(args), "hub_model_id": repository})
+        write_model_card(dataclasses.replace(run, args=owned), files)  # the owner is known
         api.upload_folder(
             repo_id=repository,
             folder_path=args.output_dir,
@@ -3163,13 +3320,11 @@ def train(
     return 0
 
 
-def load_training_state(
-    targets: Targets, plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run
-) -> TrainingState:
+def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run) -> TrainingState:
     """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
     args = run.args
     transformer = load_transformer(run)
-    parameters = add_lora(transformer, targets, run)
+    parameters = add_lora(transformer, run)
     if args.base_adapter:
         load_base_adapter(transformer, args)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
@@ -3201,8 +3356,9 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args)
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     seed = choose_seed(args, checkpoint and checkpoint.seed)
-    run = Run(args, accelerator, read_pipeline_info(args, accelerator), seed, weight_dtype)
-    targets = resolve_lora_layers(args.lora_layers, run.pipeline.transformer_config)
+    pipeline = read_pipeline_info(args, accelerator)
+    lora = read_lora_settings(args, pipeline.transformer_config)
+    run = Run(args, accelerator, pipeline, seed, weight_dtype, lora)
     # These are needed later; mistakes in them end the run here, before anything is loaded.
     quantization_config(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
@@ -3214,9 +3370,9 @@ def main(args: argparse.Namespace) -> None:
     examples = load_all_examples(args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
     plan = TrainingPlan(examples, run)
-    for line in describe_plan(examples, missing, targets, plan, run):
+    for line in describe_plan(examples, missing, plan, run):
         logger.info(line)
-    fingerprint = make_fingerprint(examples, missing, targets, plan, run)
+    fingerprint = make_fingerprint(examples, missing, plan, run)
     check_same_everywhere(fingerprint, checkpoint)
     if checkpoint:
         check_fingerprint(checkpoint, fingerprint)
@@ -3230,7 +3386,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         prepare_output(args, checkpoint)
     accelerator.wait_for_everyone()
-    start_trackers(args, accelerator)
+    start_trackers(run)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
@@ -3246,7 +3402,7 @@ def main(args: argparse.Namespace) -> None:
     data.vae = None if args.cache_latents else load_vae(run)
 
     # Training
-    state = load_training_state(targets, plan, checkpoint, run)
+    state = load_training_state(plan, checkpoint, run)
     validation = Validation(state.transformer, state.held_out, data, run)
     if plan.validates(state.step) and state.step < plan.max_train_steps:
         validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
@@ -3261,10 +3417,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     files = validation(plan.max_train_steps, final=True)
     if accelerator.is_main_process:
-        write_model_card(args, files)
+        write_model_card(run, files)
         write_json(Path(args.output_dir, RUN_FILE), {"steps": plan.max_train_steps, "seed": run.seed})
         if args.push_to_hub:
-            push_to_hub(args, files)
+            push_to_hub(run, files)
         print(
             f"The LoRA is in {Path(args.output_dir, LORA_FILE)}, for ComfyUI in {Path(args.output_dir, 'comfyui')}.\n"
             f"Use it: pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}); "

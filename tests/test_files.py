@@ -1,0 +1,274 @@
+"""What people bring along and take away: LoRAs of other programs, whole transformers in a file, the files written."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import train_dreambooth_lora_z_image as trainer
+from tiny import lora_file, lora_metadata, lora_tensors, run_script, train_args
+
+
+ATTENTION = "layers.0.attention"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model):
+    return trainer.ZImageTransformer2DModel.load_config(tiny_model, subfolder="transformer")
+
+
+def random_lora(config, rank=4, modules=None, seed=0):
+    """{module: (A, B)} of a LoRA that changes the model, on attention by default."""
+    linear, generator = trainer.linear_layers(config), torch.Generator().manual_seed(seed)
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    return {
+        module: tuple(torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+        for module, (inputs, outputs) in linear.items()
+        if (module in modules if modules else module.endswith(ends))
+    }
+
+
+def as_diffusers(lora, alpha):
+    state = {f"transformer.{m}.lora_{side}.weight": t for m, pair in lora.items() for side, t in zip("AB", pair)}
+    rank = len(next(iter(lora.values()))[0])
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora)}
+    settings = {f"transformer.{name}": value for name, value in settings.items()}
+    return state, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+
+
+def as_comfyui(lora, alpha):
+    state = trainer.comfyui_state(
+        {f"{m}.lora_{s}.weight": t for m, pair in lora.items() for s, t in zip("AB", pair)}, alpha
+    )
+    return state, {"format": "pt"}
+
+
+def as_kohya(lora, alpha):
+    state = {}
+    for module, (down, up) in lora.items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    return state, {"ss_network_dim": "4"}
+
+
+def as_fused(lora, alpha):
+    """Under the original model's names, where one matrix gives q, k and v: they have the same A."""
+    state = {}
+    for module, (down, up) in lora.items():
+        if module.endswith("to_q"):
+            block = module.removesuffix(".to_q")
+            up = torch.cat([lora[f"{block}.to_{projection}"][1] for projection in "qkv"])
+            state |= {
+                f"diffusion_model.{block}.qkv.lora_A.weight": down,
+                f"diffusion_model.{block}.qkv.lora_B.weight": up,
+            }
+            state[f"diffusion_model.{block}.qkv.alpha"] = torch.tensor(alpha)
+        elif module.endswith("to_out.0"):
+            name = f"diffusion_model.{module.replace('to_out.0', 'out')}"
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    return state, {}
+
+
+def settings(config, *flags):
+    argv = train_args("model", "photos", "out")
+    return trainer.read_lora_settings(trainer.parse_args([*argv, *flags]), config)
+
+
+def effects(lora, scale):
+    """{module: B A x alpha / rank}."""
+    return {module: scale * up @ down for module, (down, up) in lora.items()}
+
+
+def effects_of(read):
+    """The same of LoraSettings."""
+    pairs = {m: tuple(read.initial[f"{m}.lora_{side}.weight"] for side in "AB") for m in read.modules}
+    return effects(pairs, read.alpha / read.rank)
+
+
+@pytest.mark.parametrize("write", [as_diffusers, as_comfyui, as_kohya, as_fused])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_of_each_programs_names_starts_with_its_effect_rank_and_alpha(write, dtype, config, tmp_path):
+    lora = random_lora(config)
+    if write is as_fused:
+        lora = {m: (lora[m.replace("to_k", "to_q").replace("to_v", "to_q")][0], up) for m, (_, up) in lora.items()}
+    state, metadata = write(lora, 2.0)
+    save_file({name: t.to(dtype).contiguous() for name, t in state.items()}, tmp_path / "a.safetensors", metadata)
+    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
+    assert (read.rank, read.alpha, set(read.modules)) == (4, 2.0, set(lora))
+    assert set(read.targets) == {"to_q", "to_k", "to_v", "to_out.0"}
+    stored = {module: tuple(t.to(dtype).float() for t in pair) for module, pair in lora.items()}
+    for module, expected in effects(stored, 0.5).items():
+        torch.testing.assert_close(effects_of(read)[module], expected)
+
+
+def saved_lora(path, config, write=as_kohya, alpha=2.0, **options):
+    state, metadata = write(random_lora(config, **options), alpha)
+    save_file(state, path, metadata)
+    return path
+
+
+def test_a_given_alpha_is_folded_into_what_init_lora_starts_from(config, tmp_path):
+    path = saved_lora(tmp_path / "a.safetensors", config)
+    read = settings(
+        config, f"--init_lora={path}", "--lora_alpha=8", "--rank=4", "--lora_layers=to_q,to_k,to_v,to_out.0"
+    )
+    assert (read.rank, read.alpha) == (4, 8.0)
+    for module, expected in effects(random_lora(config), 0.5).items():
+        torch.testing.assert_close(effects_of(read)[module], expected)
+
+
+def test_alphas_that_differ_within_a_file_are_folded_into_the_most_common(config, tmp_path):
+    lora = random_lora(config)
+    state, _ = as_kohya(lora, 2.0)
+    state["lora_unet_layers_0_attention_to_q.alpha"] = torch.tensor(16.0)
+    save_file(state, tmp_path / "a.safetensors")
+    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
+    assert read.alpha == 2.0
+    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 4.0)[f"{ATTENTION}.to_q"])
+    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_k"], effects(lora, 0.5)[f"{ATTENTION}.to_k"])
+
+
+def test_alphas_of_single_modules_and_rank_stabilised_scaling_in_diffusers_metadata_count(config, tmp_path):
+    lora = random_lora(config)
+    state, metadata = as_diffusers(lora, 2.0)
+    adapter = json.loads(metadata["lora_adapter_metadata"])
+    adapter |= {"transformer.alpha_pattern": {"layers.0.attention.to_q": 6.0}, "transformer.use_rslora": True}
+    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(adapter)})
+    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
+    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 6 / 2)[f"{ATTENTION}.to_q"])
+    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_k"], effects(lora, 2 / 2)[f"{ATTENTION}.to_k"])
+
+
+def test_a_lora_without_any_alpha_acts_as_it_is(config, tmp_path):
+    lora = random_lora(config)
+    save_file(as_diffusers(lora, 2.0)[0], tmp_path / "a.safetensors")
+    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
+    assert read.alpha == read.rank == 4
+    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 1)[f"{ATTENTION}.to_q"])
+
+
+def test_embedders_and_the_final_layer_are_found_under_both_names(config, tmp_path):
+    modules = ["all_x_embedder.2-1", "all_final_layer.2-1.linear", "layers.0.adaLN_modulation.0", "t_embedder.mlp.0"]
+    state, _ = as_comfyui(random_lora(config, modules=modules), 4.0)
+    state = {name.replace("all_", "").replace(".2-1", ""): tensor for name, tensor in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    assert settings(config, f"--init_lora={tmp_path / 'a.safetensors'}").modules == sorted(modules)
+
+
+def test_what_differs_from_the_file_or_cannot_be_trained_on_is_refused_with_both(config, tmp_path):
+    lora, path = random_lora(config), tmp_path / "a.safetensors"
+
+    def refusal(state, *flags):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        with pytest.raises(trainer.UserError) as error:
+            settings(config, f"--init_lora={path}", *flags)
+        assert str(path) in str(error.value) and "--init_lora" in str(error.value)
+        return str(error.value)
+
+    kohya = as_kohya(lora, 2.0)[0]
+    text = refusal(kohya, "--rank=8")
+    assert "rank 4" in text and "--rank 8" in text
+    text = refusal(kohya, "--lora_layers=to_q,to_k")
+    assert f"{len(lora)} layers" in text and f"--lora_layers to_q,to_k on {len(lora) // 2}" in text
+    several = as_kohya(random_lora(config, 8, [f"{ATTENTION}.to_q"]), 2.0)[0]
+    assert "rank 4, 8" in refusal(kohya | several)
+    for part, kind in {"lokr_w1": "LoKr", "hada_w1_a": "LoHa", "dora_scale": "DoRA"}.items():
+        assert f"is a {kind}" in refusal(kohya | {f"lora_unet_layers_0_attention_to_q.{part}": torch.ones(1)})
+    flux = "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
+    assert f"a LoRA of another model: it holds {flux}" in refusal({flux: torch.ones(4, 8)})
+    other = as_kohya({m: (down[:, :16], up) for m, (down, up) in lora.items()}, 2.0)[0]
+    assert "a LoRA of another model: its " in refusal(other)
+    assert "no LoRA: it holds layers.0.attention.to_q.weight" in refusal({f"{ATTENTION}.to_q.weight": torch.ones(2)})
+
+
+def test_a_file_that_is_no_safetensors_file_is_named_for_what_it_is(tmp_path):
+    whole = tmp_path / "whole.safetensors"
+    save_file({"a": torch.zeros(100)}, whole)
+    contents = {
+        b"GGUF\x03\x00\x00\x00\x00": "a GGUF file",
+        b"PK\x03\x04" + bytes(60): "a pickled checkpoint",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n": "a git-lfs pointer, not the weights",
+        b"<!DOCTYPE html><html>": "a web page",
+        b"": "no safetensors file",
+        b"not weights at all": "no safetensors file",
+        whole.read_bytes()[:-100]: "half a download",
+        whole.read_bytes()[:40]: "half a download",
+    }
+    for content, kind in contents.items():
+        path = tmp_path / "file.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(trainer.UserError, match=f"file.safetensors is {kind}"):
+            trainer.safetensors_header(path)
+    with pytest.raises(trainer.UserError, match="is a folder"):
+        trainer.safetensors_header(tmp_path)
+    assert set(trainer.safetensors_header(whole)) == {"a"}
+
+
+def test_a_lora_is_found_by_its_folder_and_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns, cache_dir):
+        asked.append((repository, allow_patterns, cache_dir))
+        return str(tmp_path)
+
+    monkeypatch.setattr(trainer, "snapshot_download", download)
+    (tmp_path / "one.safetensors").touch()
+    assert trainer.find_lora_file(str(tmp_path), None) == tmp_path / "one.safetensors"
+    assert trainer.find_lora_file("someone/lora", "cache") == tmp_path / "one.safetensors"
+    assert trainer.find_lora_file("someone/lora/files/two.safetensors", None) == tmp_path / "files" / "two.safetensors"
+    assert asked == [("someone/lora", "*.safetensors", "cache"), ("someone/lora", "files/two.safetensors", None)]
+    (tmp_path / "three.safetensors").touch()
+    with pytest.raises(trainer.UserError, match="one.safetensors.*three.safetensors"):
+        trainer.find_lora_file(str(tmp_path), None)
+    (tmp_path / trainer.LORA_FILE).touch()
+    assert trainer.find_lora_file(str(tmp_path), None) == tmp_path / trainer.LORA_FILE
+
+
+@pytest.fixture(scope="module")
+def warm_start(tiny_model, shared_photos, config, tmp_path_factory):
+    """A run that begins with a LoRA of kohya's names and hardly moves it: (that file, its output folder)."""
+    folder = tmp_path_factory.mktemp("warm")
+    path = saved_lora(folder / "kohya.safetensors", config, rank=4)
+    flags = {"init_lora": path, "learning_rate": 1e-9, "max_train_steps": 1, "upcast_before_saving": True}
+    run_script(*train_args(tiny_model, shared_photos, folder / "out", **flags))
+    return path, folder / "out"
+
+
+def test_a_run_that_starts_from_a_lora_goes_on_from_it(warm_start, config):
+    _, out = warm_start
+    adapter = lora_metadata(out)
+    assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (4, 2.0)
+    saved = lora_tensors(out)
+    for module, (down, up) in random_lora(config).items():
+        torch.testing.assert_close(saved[f"transformer.{module}.lora_A.weight"], down, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(saved[f"transformer.{module}.lora_B.weight"], up, rtol=1e-4, atol=1e-6)
+
+
+def test_our_file_our_comfyui_file_and_a_kohya_named_one_give_the_same_velocity(warm_start, config, tiny_model):
+    path, out = warm_start
+    velocities = []
+    for file in (path, lora_file(out), out / "comfyui" / "out.safetensors"):
+        transformer = trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+        accelerator = SimpleNamespace(device=torch.device("cpu"))
+        lora, args = settings(config, f"--init_lora={file}"), SimpleNamespace(lora_dropout=0.0)
+        trainer.add_lora(transformer, SimpleNamespace(lora=lora, args=args, seed=0, accelerator=accelerator))
+        generator = torch.Generator().manual_seed(0)
+        latents, embed = (torch.randn(shape, generator=generator) for shape in ((1, 16, 4, 4), (7, 32)))
+        with torch.no_grad():
+            velocities.append(
+                trainer.predict_velocity(transformer, latents, torch.tensor([0.5]), [embed], torch.float32)
+            )
+            transformer.disable_adapters()
+            base = trainer.predict_velocity(transformer, latents, torch.tensor([0.5]), [embed], torch.float32)
+        assert (velocities[-1] - base).norm() > 0.1 * base.norm()
+    for other in velocities[1:]:
+        torch.testing.assert_close(other, velocities[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_run_without_checkpoints_says_how_to_train_its_lora_on(warm_start, tiny_model, shared_photos):
+    path, out = warm_start
+    flags = {"init_lora": path, "learning_rate": 1e-9, "max_train_steps": 1, "resume_from_checkpoint": "latest"}
+    finished = run_script(*train_args(tiny_model, shared_photos, out, upcast_before_saving=True, **flags))
+    assert f"give --init_lora {out} and another --output_dir" in finished.output
