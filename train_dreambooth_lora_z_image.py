@@ -196,13 +196,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-FILE_KINDS = {  # by their first bytes
-    b"GGUF": "a GGUF file",
-    b"PK\x03\x04": "a pickled checkpoint",
-    b"\x80": "a pickled checkpoint",
-    b"version": "a git-lfs pointer, not the weights",
-    b"<": "a web page",
-}
+FILE_KINDS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a pickled checkpoint", b"\x80": "a pickled checkpoint",
+              b"version": "a git-lfs pointer, not the weights", b"<": "a web page"}  # fmt: skip
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

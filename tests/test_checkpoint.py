@@ -18,9 +18,9 @@ def make_state(model, **flags):
     """A training state of the tiny model on the CPU, at step 0."""
     args = trainer.parse_args(train_args(model, "pictures", "out", lr_scheduler="cosine", lr_warmup_steps=2, **flags))
     transformer = trainer.ZImageTransformer2DModel.from_pretrained(model, subfolder="transformer")
-    run = SimpleNamespace(args=args, seed=0, accelerator=SimpleNamespace(device=torch.device("cpu")))
-    targets = trainer.resolve_lora_layers(args.lora_layers, dict(transformer.config))
-    parameters = trainer.add_lora(transformer.requires_grad_(False), targets, run)
+    lora = trainer.read_lora_settings(args, dict(transformer.config))
+    run = SimpleNamespace(args=args, lora=lora, seed=0, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    parameters = trainer.add_lora(transformer.requires_grad_(False), run)
     optimizer = trainer.build_optimizer(parameters, args, args.learning_rate)
     lr_scheduler = trainer.build_lr_scheduler(optimizer, args, max_train_steps=10)
     return trainer.TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler=None)

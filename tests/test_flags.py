@@ -266,7 +266,8 @@ def test_all_flags_that_decide_the_mathematics_are_known():
     """The rest decides what is trained on, how it is divided, or what is shown."""
     decides = {"rank", "lora_", "adam_", "prodigy_", "lr_", "prior_loss", "logit_", "mode_", "timestep_", "caption_d"}
     named = {name for name in vars(parsed()) if name.startswith(tuple(decides))}
-    named -= {"lora_layers", "adam_weight_decay_text_encoder"}  # by its targets; without effect
+    named -= {"rank", "lora_alpha", "lora_layers"}  # by the LoRA's settings, which a file can decide too
+    named -= {"adam_weight_decay_text_encoder"}  # without effect
     assert named <= set(trainer.MATHEMATICS)
 
 

@@ -357,6 +357,9 @@ def test_the_token_appears_nowhere(runs, hub):
 # The card
 
 
+LORA = trainer.LoraSettings(4, 4, {"to_q": {}})
+
+
 def required_flags(model="Tongyi-MAI/Z-Image", prompt="a photo of sks dog"):
     return [f"--pretrained_model_name_or_path={model}", "--instance_data_dir=dog", f"--instance_prompt={prompt}"]
 
@@ -365,7 +368,7 @@ def write_card(out, *flags, prompt="a photo of sks dog", pictures=0, model="Tong
     """The text of the card of a run with these flags that drew so many pictures."""
     args = trainer.parse_args([*required_flags(model, prompt), f"--output_dir={out}", *flags])
     files = [out / "samples" / f"{number}.png" for number in range(pictures)]
-    trainer.write_model_card(args, files)
+    trainer.write_model_card(SimpleNamespace(args=args, lora=LORA), files)
     return (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -585,7 +588,8 @@ def test_clearml_that_was_imported_first_does_not_store_the_token(tiny_model, sh
 def test_the_token_is_refused_beside_a_tracker_that_would_store_it():
     args = trainer.parse_args([*required_flags(), "--report_to=swanlab", f"--hub_token={TOKEN}"])
     with pytest.raises(trainer.UserError, match="hf auth login") as error:
-        trainer.start_trackers(args, SimpleNamespace(log_with=[LoggerType.SWANLAB]))
+        accelerator = SimpleNamespace(log_with=[LoggerType.SWANLAB])
+        trainer.start_trackers(SimpleNamespace(args=args, accelerator=accelerator, lora=LORA))
     assert TOKEN not in str(error.value)
 
 
