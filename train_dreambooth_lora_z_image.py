@@ -30,6 +30,8 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -115,7 +117,8 @@ logger = logging.getLogger("train_dreambooth_lora_z_image")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest make a checkpoint
 MANIFEST = "manifest.json"
-RUN_FILE = "run.json"  # in the output folder of a finished run
+CHECKPOINT = (MANIFEST, STATE_FILE, LORA_FILE)
+RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
@@ -131,6 +134,16 @@ State = dict[str, Tensor]  # tensors by name, as in a file
 # ---------------------------------------------------------------------------------------------------------------------
 # Small things
 # ---------------------------------------------------------------------------------------------------------------------
+
+# What a system may lack. Windows: SIGHUP and SIGUSR1, opening a folder, fsync of a file that is open for reading; a
+# scanner may hold a file there, which then cannot be renamed. Network mounts: fsync. All but Linux: prctl. All but
+# glibc: malloc_trim. Containers: a home folder, a name for the user. `>&-`, pythonw: standard output.
+WINDOWS, LINUX = sys.platform == "win32", sys.platform == "linux"
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
+]
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
+RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
 
 
 class UserError(ValueError):
@@ -161,15 +174,19 @@ def user_errors(what: str, *types: type[Exception]) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}") from None
 
 
+@functools.cache
+def error_once(text: str) -> None:
+    """Log, from whichever process, what could otherwise be said at every step."""
+    logger.error(text)
+
+
 @contextlib.contextmanager
-def warn_if_unwritable(what: str) -> Iterator[None]:
-    """Where something other than the LoRA cannot be written, says so, and no more."""
+def optional(what: str) -> Iterator[None]:
+    """Anything but the LoRA may fail: a line says so, and the run goes on."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        logger.error(
-            f"{what} could not be written ({first_line(error)}): training goes on; make room or allow writing"
-        )
+    except Exception as error:  # of any library or tracker: whatever it is, it must not cost the training
+        error_once(f"{what} failed ({first_line(error)}): the run goes on; make room, or leave out what asks for it")
 
 
 def is_unicode(text: str) -> bool:
@@ -249,12 +266,29 @@ def file_digest(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """fsync of a file or folder, where the system and the file system know it."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        error_once("--output_dir has no fsync: what is saved there outlives a kill, but perhaps not a power cut")
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder, again for some seconds where a virus scanner or a sync client holds it."""
+    for pause in (*RENAMING_PAUSES, None):
+        try:
+            return os.rename(source, target) if source.is_dir() else os.replace(source, target)
+        except PermissionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def put_in_place(part: Path, path: Path) -> None:
@@ -262,28 +296,96 @@ def put_in_place(part: Path, path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(part, 0o666 & ~umask)
-    os.replace(part, path)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a checkpoint so that it is never seen half removed."""
-    aside = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    rename(part, path)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     part = path.with_suffix(".part")
     image.save(part, format="PNG")
-    os.replace(part, path)
+    put_in_place(part, path)
+
+
+class StopSignal:
+    """Notes the signals that end a run, for the step or picture at hand to be finished; `number` is 0 until then."""
+
+    def __init__(self, list_kept: Callable[[], list[Path]]) -> None:
+        self.list_kept, self.number, self.noted, self.previous = list_kept, 0, 0.0, {}
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal. Raises KeyboardInterrupt for a second Ctrl-C."""
+        if not self.number:
+            self.number, self.noted = number, time.monotonic()
+            logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
+        elif number == signal.SIGINT and time.monotonic() - self.noted > 1:  # not the first, passed on by a launcher
+            kept = ", ".join(map(str, self.list_kept())) or "no checkpoint"
+            logger.warning(f"Ended at once, in the middle of a step; there is {kept}")
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "StopSignal":
+        for number in STOP_SIGNALS:
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # as of nohup
+                with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
+                    self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class OutputFolder:
+    """`--output_dir`. `run.json` in it lists what this program has made there: {name: digest}.
+
+    A name is listed before its file is written, its digest once that is done. A file that is listed with its digest,
+    or without one, is the program's own. Any other is the user's: it is never written, moved or uploaded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError where `run.json` is something else."""
+        self.path, self.file = Path(path), Path(path, RUN_FILE)
+        self.record: dict[str, Any] = {"finished": False, "steps": 0, "files": {}}
+        if os.path.lexists(self.file):
+            what = f"{self.file} does not list what this program made (move it away, or take another --output_dir)"
+            with user_errors(what, ValueError, LookupError, TypeError, RecursionError):
+                record = json.loads(read_text(self.file))
+                self.record |= record | {"files": dict(record["files"])}
+
+    def update(self, **facts: Any) -> None:
+        """Write `run.json`, whole or not at all, with these facts changed."""
+        self.record |= facts
+        self.path.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f".{RUN_FILE}.part")
+        write_json(part, self.record)
+        flush_to_disk(part)
+        put_in_place(part, self.file)
+
+    def owns(self, name: str) -> bool:
+        """Whether that name is free, or its file as this program left it."""
+        path, digest = self.path / name, self.record["files"].get(name, "")
+        return not os.path.lexists(path) or path.is_file() and digest in (None, file_digest(path))
+
+    @property
+    def own_files(self) -> list[str]:
+        """The names of the files that are as this program left them."""
+        return [name for name in self.record["files"] if (self.path / name).is_file() and self.owns(name)]
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """List a file that the body writes; yields its path. Raises FileExistsError where it is the user's."""
+        path = self.path / name
+        if not self.owns(name):
+            raise FileExistsError(f"{path} is not, or no longer, as this program made it: move it away")
+        self.update(files=self.record["files"] | {name: None})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+        self.update(files=self.record["files"] | {name: file_digest(path)})
 
 
 def release_memory() -> None:
     """Return the memory of deleted models to the device and to the system: the C library keeps some of it."""
     free_memory()
-    if sys.platform == "linux":
+    if LINUX:
         with contextlib.suppress(AttributeError):  # of glibc alone
             ctypes.CDLL(None).malloc_trim(0)
 
@@ -1168,7 +1270,7 @@ def list_trackers(report_to: str) -> list[str] | None:
 def follow_launcher() -> None:
     """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
     by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if by_launcher and sys.platform == "linux":
+    if by_launcher and LINUX:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -1923,26 +2025,44 @@ def comfyui_state(state: State, alpha: float) -> State:
     return {f"diffusion_model.{name}": tensor for name, tensor in {**state, **alphas}.items()}
 
 
+def check_file(file: Path, state: State, scale: float, scale_as_read: float) -> None:
+    """Load a LoRA file as diffusers does, and compare it with the tensors in memory. Raises TrainingError."""
+    loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
+    for name in lora_modules(state):
+        expected = scale * lora_effect(state, name)
+        if (scale_as_read * lora_effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
+            raise TrainingError(f"{file} does not read back as it was written: {name}")
+
+
+def comfyui_file(output_dir: str) -> str:
+    """The name of the file for ComfyUI: that of the output folder, since it stands among others there."""
+    name = os.fsencode(Path(output_dir).resolve().name)[:200].decode(errors="ignore")  # file systems allow 255 bytes
+    return f"comfyui/{name or 'lora'}.safetensors"
+
+
 def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
-    """Write the LoRA for diffusers and for ComfyUI, load both again, and compare them with the model in memory."""
-    args = run.args
-    folder = Path(args.output_dir)
-    comfyui = folder / "comfyui" / f"{folder.resolve().name}.safetensors"
+    """Write the LoRA, also for ComfyUI if that works, load both again and compare them with the model in memory.
+
+    Raises TrainingError.
+    """
+    args, output, scale = run.args, OutputFolder(run.args.output_dir), run.lora.alpha / run.lora.rank
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = save_lora(transformer, folder, run.saving_dtype)
-        comfyui.parent.mkdir(exist_ok=True)
-        save_file(comfyui_state(state, run.lora.alpha), comfyui.with_suffix(".part"), metadata={"format": "pt"})
-        put_in_place(comfyui.with_suffix(".part"), comfyui)
+        with output.writing(LORA_FILE) as file:
+            state = save_lora(transformer, output.path, run.saving_dtype)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{folder}: the LoRA could not be saved ({first_line(error)})") from None
-    scale = run.lora.alpha / run.lora.rank
-    for file, scale_as_read in ((folder / LORA_FILE, scale), (comfyui, 1.0)):  # an alpha inside is folded into A and B
-        loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
-        for name in lora_modules(state):
-            expected = scale * lora_effect(state, name)
-            if (scale_as_read * lora_effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
-                raise TrainingError(f"{file} does not read back as it was written: {name}")
+        raise TrainingError(f"{output.path}: the LoRA could not be saved ({first_line(error)})") from None
+    check_file(file, state, scale, scale_as_read=scale)
+    logger.info(
+        f"The LoRA is in {file}. Use it: pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r}); "
+        f"pipe.load_lora_weights({args.output_dir!r})"
+    )
+    with optional("The file for ComfyUI"):
+        with output.writing(comfyui_file(args.output_dir)) as file:
+            part = file.with_name(".part")
+            save_file(comfyui_state(state, run.lora.alpha), part, metadata={"format": "pt"})
+            put_in_place(part, file)
+        check_file(file, state, scale, scale_as_read=1.0)  # an alpha inside is folded into A and B
+        logger.info(f"For ComfyUI it is in {file}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2480,12 +2600,12 @@ def save_validation_images(
     images: dict[tuple[int, int], Image.Image], prompts: list[str], step: int, run: Run
 ) -> list[Path]:
     """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; returns the files."""
-    folder = Path(run.args.output_dir, "samples")
-    folder.mkdir(parents=True, exist_ok=True)
+    output, folder = OutputFolder(run.args.output_dir), Path(run.args.output_dir, "samples")
     kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
     files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in sorted(images)}
     for job, file in files.items():
-        save_picture(images[job], file)
+        with output.writing(f"samples/{file.name}"):
+            save_picture(images[job], file)
     rows = [
         [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
     ]
@@ -2500,28 +2620,42 @@ def save_validation_images(
 
 
 def draw_validation_images(
-    transformer: ZImageTransformer2DModel, prompts: list[str], step: int, prompt_embeds: dict[str, Tensor], run: Run
+    transformer: ZImageTransformer2DModel,
+    prompts: list[str],
+    step: int,
+    prompt_embeds: dict[str, Tensor],
+    stop: StopSignal,
+    run: Run,
 ) -> list[Path]:
     """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
 
     Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation. Returns the pictures' files, on the main process.
+    Picture i of a prompt has the same noise at every validation. Returns the pictures' files, on the main process;
+    none where a process cannot draw or is asked to stop.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
     vae, drawn, pipeline = load_vae(run), [], validation_pipeline(run)
+    drawing_run, processes = (
+        dataclasses.replace(run, pipeline=pipeline),
+        1 if run.sharded else run.accelerator.num_processes,
+    )
     with drawing_transformer(transformer, pipeline, run) as drawing:
-        for prompt, number in jobs if run.sharded else run.own_part(jobs):
-            generator = seeded_generator(run.seed, "validation", number)
-            drawing_run = dataclasses.replace(run, pipeline=pipeline)
-            image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
-            drawn.append(((prompt, number), image))
+        for first in range(0, len(jobs), processes):
+            if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
+                break
+            with optional("Drawing a picture"):
+                for prompt, number in (
+                    run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
+                ):
+                    generator = seeded_generator(run.seed, "validation", number)
+                    image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
+                    drawn.append(((prompt, number), image))
     del vae
     release_memory()
     images = dict(drawn if run.sharded else gather_object(drawn))
-    if not run.accelerator.is_main_process:
-        return []
-    with warn_if_unwritable("The pictures"):
-        return save_validation_images(images, prompts, step, run)
+    if run.accelerator.is_main_process and len(images) == len(jobs):
+        with optional("Saving the pictures"):
+            return save_validation_images(images, prompts, step, run)
     return []
 
 
@@ -2560,9 +2694,14 @@ class Validation:
     """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
 
     def __init__(
-        self, transformer: ZImageTransformer2DModel, history: list[list], data: TrainingData, run: Run
+        self,
+        transformer: ZImageTransformer2DModel,
+        history: list[list],
+        data: TrainingData,
+        stop: StopSignal,
+        run: Run,
     ) -> None:
-        self.transformer, self.data, self.run = transformer, data, run
+        self.transformer, self.data, self.stop, self.run = transformer, data, stop, run
         self.history = history  # of the training state: [[held-out loss, step], ...]
         self.base = None  # held-out losses of the untrained model
         if "held-out" in data.plan.examples:
@@ -2579,16 +2718,20 @@ class Validation:
                 losses = held_out_loss(self.transformer, self.data, self.run)
             metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
             metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
-            self.run.accelerator.log(metrics, step=step)
+            with optional("--report_to"):
+                self.run.accelerator.log(metrics, step=step)
             logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
             self.history.append([losses[""], step])
             if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
-                with warn_if_unwritable("best/"):
-                    save_lora(self.transformer, Path(self.run.args.output_dir, "best"), self.run.saving_dtype)
+                output = OutputFolder(self.run.args.output_dir)
+                with optional("best/"), output.writing(f"best/{LORA_FILE}") as file:
+                    save_lora(self.transformer, file.parent, self.run.saving_dtype)
         prompts = validation_prompts(self.run.args, final)
         if not prompts:
             return []
-        return draw_validation_images(self.transformer, prompts, step, self.data.plan.prompt_embeds, self.run)
+        return draw_validation_images(
+            self.transformer, prompts, step, self.data.plan.prompt_embeds, self.stop, self.run
+        )
 
     def summary(self) -> str:
         """What was learned, in numbers, as a line; nothing without held-out pictures."""
@@ -2725,12 +2868,30 @@ class Checkpoint:
     step: int
     seed: int
     fingerprint: dict[str, Any]
+    trackers: dict[str, str]  # the run's id in each that gives one
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N`, newest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def own_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Those with a manifest, newest first: any other is the user's."""
+    return [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that it is never seen half removed; files of the user's in it stay where they are."""
+    removed = path.with_name(f".{path.name}.removed")
+    rename(path, removed)
+    for name in CHECKPOINT:
+        (removed / name).unlink(missing_ok=True)
+    if any(removed.iterdir()):
+        rename(removed, path)
+    else:
+        removed.rmdir()
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
@@ -2748,22 +2909,25 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         state.save(part)
         files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
         manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint, "files": files}
+        manifest["trackers"] = {
+            tracker.name: tracker.run.id for tracker in run.accelerator.trackers if tracker.name == "wandb"
+        }
         manifest = json.loads(json.dumps(manifest))
         write_json(part / MANIFEST, {"digest": digest_of(json.dumps(manifest)), **manifest})
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
-        if final.exists():
-            remove_folder(final)
-        os.rename(part, final)
+        if final in own_checkpoints(output_dir):
+            remove_checkpoint(final)
+        rename(part, final)  # fails where it holds files of the user's
         flush_to_disk(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where a disk is full
         shutil.rmtree(part, ignore_errors=True)
         logger.error(f"{final} could not be saved ({first_line(error)}): training goes on; make room or allow writing")
         return
-    others = [path for path in list_checkpoints(output_dir) if path != final]
+    others = [path for path in own_checkpoints(output_dir) if path != final]
     for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
         try:
-            remove_folder(path)
+            remove_checkpoint(path)
         except OSError as error:
             logger.warning(f"{path} could not be removed ({first_line(error)})")
     logger.info(f"Saved {final}")
@@ -2781,7 +2945,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, (size, digest) in manifest["files"].items():
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 raise UserError(f"{path} is damaged: {name} is not what was saved")
-        return Checkpoint(path, manifest["step"], manifest["seed"], manifest["fingerprint"])
+        return Checkpoint(path, *(manifest[name] for name in ("step", "seed", "fingerprint", "trackers")))
 
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
@@ -2800,6 +2964,11 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
             return read_checkpoint(path)
         except UserError as error:
             logger.warning(f"Passed over: {error}")
+    if OutputFolder(args.output_dir).record["finished"]:
+        raise UserError(
+            f"--resume_from_checkpoint latest: the run in {args.output_dir} is finished and left no checkpoint: "
+            "--checkpointing_steps keeps some; to start anew, take another --output_dir"
+        )
     logger.warning(f"--resume_from_checkpoint latest: {args.output_dir} has no complete checkpoint; starting anew")
     return None
 
@@ -2819,16 +2988,22 @@ def loggable(run: Run) -> dict[str, int | float | str]:
     }
 
 
-def start_trackers(run: Run) -> None:
-    """Start the trackers of `--report_to`; none of them sees the token. Raises UserError."""
+def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
+    """Start the trackers of `--report_to`, or go on with those of the checkpoint's run, so that no step stands twice.
+
+    None of them sees the token. Raises UserError.
+    """
     args, accelerator = run.args, run.accelerator
     if args.hub_token:  # some store the command line, and one asks the kernel for it
         sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
         if "swanlab" in map(str, accelerator.log_with):
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     with user_errors(f"--report_to {args.report_to} cannot start"):
-        own_parser = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=own_parser)
+        settings: dict[str, Any] = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
+        if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
+            settings["tensorboard"] = {"purge_step": checkpoint.step + 1}
+            settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
+        accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=settings)
 
 
 @functools.cache
@@ -3034,52 +3209,74 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
 
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
-    output_dir = Path(args.output_dir)
-    names = [LORA_FILE, RUN_FILE, "README.md", "samples", "comfyui", "best"]
-    if Path(args.logging_dir).parts and not {"..", Path(args.logging_dir).anchor} & {*Path(args.logging_dir).parts}:
-        names.append(args.logging_dir)  # elsewhere, it can hold the logs of other runs too
-    left = [path for path in (*map(output_dir.joinpath, names), *list_checkpoints(output_dir)) if path.exists()]
-    if not any(path.name in (LORA_FILE, "samples") or path.name.startswith("checkpoint-") for path in left):
+    output = OutputFolder(args.output_dir)
+    left = [*output.own_files, *(path.name for path in own_checkpoints(output.path))]
+    if not left:
         return
-    number = next(n for n in range(1, sys.maxsize) if not (output_dir / f"earlier-run-{n}").exists())
-    folder = output_dir / f"earlier-run-{number}"
-    folder.mkdir()
-    for path in left:
-        path.rename(folder / path.name)
+    logs = Path(args.logging_dir)
+    if logs.parts and not {"..", logs.anchor} & {*logs.parts}:  # elsewhere, it can hold the logs of other runs too
+        files = [path for path in (output.path / logs).rglob("*") if not path.is_dir()]
+        if files and all(path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml" for path in files):
+            left.append(args.logging_dir)
+    number = next(n for n in range(1, sys.maxsize) if not (output.path / f"earlier-run-{n}").exists())
+    folder = output.path / f"earlier-run-{number}"
+    for name in [*left, RUN_FILE]:
+        if (output.path / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            rename(output.path / name, folder / name)
+            with contextlib.suppress(OSError):
+                (output.path / name).parent.rmdir()  # where that was the last file of it
     logger.warning(
-        f"{output_dir} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
+        f"{output.path} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
     )
 
 
-def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
-    """Make the folders that the run writes into, and clear what earlier ones left in the way. Raises UserError."""
-    folders = {"output_dir": Path(args.output_dir)}
+def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draws_class_images: bool) -> None:
+    """Make the folders that the run writes into, try them out, and clear what earlier runs left in the way.
+
+    What is tried is all that can fail hours later: the longest names, renaming, reading by mmap. Raises UserError.
+    """
+    lora_files = [f".checkpoint-{2**31}.part/{LORA_FILE}", comfyui_file(args.output_dir)]
+    folders = {"output_dir": (args.output_dir, lora_files)}
     if args.encoding_cache_dir:
-        folders["encoding_cache_dir"] = Path(args.encoding_cache_dir)
+        folders["encoding_cache_dir"] = (args.encoding_cache_dir, [f"{digest_of('')}.safetensors"])
     if args.report_to != "none":
-        folders["logging_dir"] = Path(args.output_dir, args.logging_dir)
-    for flag, folder in folders.items():
+        folders["logging_dir"] = (Path(args.output_dir, args.logging_dir), ["events"])
+    if draws_class_images:
+        folders["class_data_dir"] = (args.class_data_dir, ["class"])
+    for flag, (folder, names) in folders.items():
+        probe = Path(folder, f".probe-{os.getpid()}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--{flag} {folder} cannot be written: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--{flag} {folder} cannot be written: check its permissions")
+            with user_errors(
+                f"--{flag} {str(folder)[:500]!r} cannot be written", OSError, SafetensorError, ValueError
+            ):
+                str(folder).encode()  # JSON and the card could not name another
+                for path in map(probe.joinpath, names):
+                    path.parent.mkdir(parents=True)
+                    save_file({"probe": torch.zeros(2**14)}, path.with_name(".part"))
+                    put_in_place(path.with_name(".part"), path)
+                    load_file(path)
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
+    output = OutputFolder(args.output_dir)
+    if not output.owns(LORA_FILE):
+        raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
+    for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
+        shutil.rmtree(path, ignore_errors=True)
+    for path in output.path.glob(".checkpoint-*.removed"):  # or while it removed one
+        remove_checkpoint(path.rename(path.with_name(path.name[1:-8])))
     if not checkpoint:
         set_aside_earlier_run(args)
-    for pattern in (".checkpoint-*.part", ".checkpoint-*.removed"):  # of a process that was killed while it saved
-        for path in Path(args.output_dir).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    elif output.record["finished"]:
+        output.update(finished=False)
+    for path in {*list_checkpoints(output.path)} - {*own_checkpoints(output.path)}:
+        logger.warning(f"{path} is no checkpoint of this program: it stays, and none is saved under its name")
 
 
 def is_finished(args: argparse.Namespace, max_train_steps: int) -> bool:
     """Whether `--output_dir` holds a run that has come to its end; says so."""
-    path = Path(args.output_dir, RUN_FILE)
-    try:
-        steps = int(json.loads(path.read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which is made anew
-        return False
-    if steps < max_train_steps:
+    record = OutputFolder(args.output_dir).record
+    if not record["finished"] or record["steps"] < max_train_steps:
         return False
     go_on = f"To train its LoRA on, give --init_lora {args.output_dir} and another --output_dir"
     if list_checkpoints(args.output_dir):
@@ -3098,8 +3295,11 @@ def inline_code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def write_model_card(run: Run, files: list[Path]) -> None:
-    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags."""
+def write_model_card(run: Run, files: list[Path]) -> str:
+    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
+
+    Returns its name, which is `model_card.md` where README.md is the user's.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     args, prompts = run.args, validation_prompts(run.args, final=True)
@@ -3148,60 +3348,42 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
 |---|---|
 {chr(10).join(rows)}
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir, "README.md"))
+    output = OutputFolder(args.output_dir)
+    name = "README.md" if output.owns("README.md") else "model_card.md"
+    with output.writing(name) as path:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+    return name
 
 
 def push_to_hub(run: Run, files: list[Path]) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     args = run.args
-    api, patterns = HfApi(token=args.hub_token), [LORA_FILE, "README.md", "comfyui/*.safetensors", "samples/*.png"]
+    api, folder, card = HfApi(token=args.hub_token), Path(args.output_dir), "README.md"
+    patterns = [LORA_FILE, "comfyui/*.safetensors", "samples/*.png"]
     try:
         repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
         owned = argparse.Namespace(**{**vars(args), "hub_model_id": repository})
-        write_model_card(dataclasses.replace(run, args=owned), files)  # the owner is known
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=args.output_dir,
-            commit_message="LoRA for Z-Image",
-            allow_patterns=patterns,
-        )
+        card = write_model_card(dataclasses.replace(run, args=owned), files)  # the owner is known
+        own = OutputFolder(folder).own_files
+        names = {name: name for name in own if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+        adding = [CommitOperationAdd(name, folder / path) for name, path in (names | {"README.md": card}).items()]
+        api.create_commit(repository, adding, commit_message="LoRA for Z-Image")
     except Exception as error:  # the client raises its own, those of the network and of the Hub
         cause = isinstance(error, RuntimeError) and error.__cause__ or error  # uploading threads wrap theirs
         reason = " ".join(str(cause).split())
-        included = [word for pattern in patterns for word in ("--include", pattern)]
-        private = ["--private"] if args.hub_private else []
-        command = shlex.join(["hf", "upload", hub_repository(args), args.output_dir, ".", *included, *private])
+        upload, private = ["hf", "upload", hub_repository(args)], ["--private"] if args.hub_private else []
+        included = [word for pattern in (*patterns, card) for word in ("--include", pattern)]
+        command = shlex.join([*upload, args.output_dir, ".", *included, *private])
         raise TrainingError(
-            f"--push_to_hub: {reason}. The LoRA is in {args.output_dir}; to upload it later: {command}"
+            f"--push_to_hub: {reason}. The LoRA is saved in {args.output_dir}; to upload it later: {command}"
         ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT while training, so that the step is finished and saved; `number` is 0 until then."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def note(self, number: int, frame: Any) -> None:
-        self.number = self.number or number
-        logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {}
-        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
-            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 class Progress:
@@ -3231,7 +3413,8 @@ class Progress:
         if self.accelerator.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
             shown["memory"] = f"{metrics['memory_gib']:.1f} GiB"
-        self.accelerator.log(metrics, step=step)
+        with optional("--report_to"):
+            self.accelerator.log(metrics, step=step)
         self.bar.set_postfix(shown)
         self.bar.update()
         last = self.plan.max_train_steps
@@ -3283,7 +3466,12 @@ def apply_gradients(state: TrainingState, loss: Tensor, run: Run) -> tuple[float
 
 
 def train(
-    state: TrainingState, data: TrainingData, validation: Validation, fingerprint: dict[str, Any], run: Run
+    state: TrainingState,
+    data: TrainingData,
+    validation: Validation,
+    fingerprint: dict[str, Any],
+    stop: StopSignal,
+    run: Run,
 ) -> int:
     """The loop, from where `state` stands to the last update, with logs, checkpoints and validation on the way.
 
@@ -3292,7 +3480,7 @@ def train(
     args, accelerator, plan = run.args, run.accelerator, data.plan
     progress, skipped_in_a_row = Progress(plan, state.step, accelerator), 0
     state.transformer.train()
-    with StopSignal() as stop, contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
+    with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
         for step, batches in updates:
             loss = accumulate_gradients(state, data.vae, batches, step, run)
             loss, stopping = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
@@ -3379,9 +3567,9 @@ def main(args: argparse.Namespace) -> None:
         warn_of_cut_prompts(examples, run)
         return
     if accelerator.is_main_process:
-        prepare_output(args, checkpoint)
+        prepare_output(args, checkpoint, missing)
     accelerator.wait_for_everyone()
-    start_trackers(run)
+    start_trackers(checkpoint, run)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
@@ -3398,40 +3586,48 @@ def main(args: argparse.Namespace) -> None:
 
     # Training
     state = load_training_state(plan, checkpoint, run)
-    validation = Validation(state.transformer, state.held_out, data, run)
-    if plan.validates(state.step) and state.step < plan.max_train_steps:
-        validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
-    if stopped_by := train(state, data, validation, fingerprint, run):
-        accelerator.end_training()
-        logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
-        sys.exit(128 + stopped_by)
+    with StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
+        validation = Validation(state.transformer, state.held_out, data, stop, run)
+        if plan.validates(state.step) and state.step < plan.max_train_steps:
+            validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
+        pictures, stopped_by = [], train(state, data, validation, fingerprint, stop, run)
 
-    # The result
-    if accelerator.is_main_process:
-        save_result(state.transformer, run)
-    accelerator.wait_for_everyone()
-    files = validation(plan.max_train_steps, final=True)
-    if accelerator.is_main_process:
-        write_model_card(run, files)
-        write_json(Path(args.output_dir, RUN_FILE), {"steps": plan.max_train_steps, "seed": run.seed})
-        if args.push_to_hub:
-            push_to_hub(run, files)
-        print(
-            f"The LoRA is in {Path(args.output_dir, LORA_FILE)}, for ComfyUI in {Path(args.output_dir, 'comfyui')}.\n"
-            f"Use it: pipe = ZImagePipeline.from_pretrained({args.pretrained_model_name_or_path!r}); "
-            f"pipe.load_lora_weights({args.output_dir!r})\n{validation.summary()}".strip()
-        )
-    accelerator.end_training()
+        # The result. Once the LoRA is saved, nothing that comes after it may end the run in another way
+        if not stopped_by:
+            if accelerator.is_main_process:
+                save_result(state.transformer, run)
+            accelerator.wait_for_everyone()
+            with optional("The last validation"):
+                pictures = validation(plan.max_train_steps, final=True)
+    if accelerator.is_main_process and not stopped_by:
+        with optional("The model card"):
+            write_model_card(run, pictures)
+        with optional(RUN_FILE):
+            OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
+        logger.info(validation.summary())
+    with optional("--report_to"):
+        accelerator.end_training()
+    if stopped_by:
+        logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process and args.push_to_hub:
+        push_to_hub(run, pictures)
+    if stopped_by or stop.number:
+        sys.exit(128 + (stopped_by or stop.number))
 
 
 def print_error(text: str) -> None:
     """One line on standard error, also where a file name in it holds line ends or control characters."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # it may be full or closed
+        print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
 
 
 def run_command_line() -> int:
     """The entry of the command line: an error that the user can correct becomes one line and an exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: or the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    logging.raiseExceptions = False  # of a standard error that is full or closed
     try:
         main(parse_args())
     except (UserError, TrainingError) as error:
