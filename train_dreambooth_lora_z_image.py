@@ -34,7 +34,8 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -52,10 +53,16 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+
+if "torchao" not in sys.modules:  # importing it warns of its parts for other GPUs and other versions
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 import accelerate
 import diffusers
@@ -82,13 +89,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _check_attention_backend_requirements,
-    dispatch_attention_fn,
-)
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZSingleStreamAttnProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.training_utils import (
@@ -101,6 +102,7 @@ from diffusers.training_utils import (
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
@@ -123,6 +125,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
@@ -470,6 +473,8 @@ def build_parser() -> OneLineErrorParser:
         help="Type of the frozen weights and of the products; the LoRA stays float32. Default: accelerate's config.")
     add("--do_fp8_training", action="store_true",
         help="Hold the transformer in float8 and multiply in float8 (CUDA needs compute capability 8.9).")
+    add("--base_model_precision", choices=["int8", "fp8", "nf4"],
+        help="Hold the transformer in that: int8 is for any GPU, fp8 is --do_fp8_training, nf4 is configs/nf4.json.")
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
     add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="FRACTION",
@@ -675,8 +680,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give exactly one of --instance_data_dir and --dataset_name")
     if args.dataset_config_name and not args.dataset_name:
         parser.error("--dataset_config_name belongs to --dataset_name: give that too, or leave it out")
-    if args.do_fp8_training and args.bnb_quantization_config_path:
-        parser.error("--do_fp8_training and --bnb_quantization_config_path exclude each other: choose one")
+    ways = {"--base_model_precision": args.base_model_precision, "--do_fp8_training": args.do_fp8_training and "fp8",
+            "--bnb_quantization_config_path": args.bnb_quantization_config_path}  # fmt: skip
+    if len({*filter(None, ways.values())}) > 1:
+        parser.error(f"{' and '.join(flag for flag in ways if ways[flag])} exclude each other: choose one")
+    args.base_model_precision = ways["--do_fp8_training"] or args.base_model_precision
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt")
     if args.save_best and not args.validation_data_dir:
@@ -1213,8 +1221,12 @@ class Run:
 
     @property
     def compiled(self) -> bool:
-        """Whether the transformer's blocks are compiled, for the flag or for the accelerate config's section."""
-        return self.args.compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        """Whether the transformer's blocks are compiled, for a flag or for the accelerate config's section.
+
+        Float8 on a GPU needs it: without, its many small operations make it slower than bf16.
+        """
+        float8 = self.args.base_model_precision == "fp8" and self.accelerator.device.type == "cuda" and HAS_TRITON
+        return self.args.compile or float8 or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     @property
     def checkpointed_fraction(self) -> float:
@@ -1287,7 +1299,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
         )
     precision = args.mixed_precision
-    if args.do_fp8_training and precision is None and launcher_precision == "no":
+    if args.base_model_precision == "fp8" and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
     trackers = list_trackers(args.report_to)
     logs = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
@@ -1312,17 +1324,12 @@ def configure_logging(accelerator: Accelerator) -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
+    warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # PEFT, at every int8 layer: it cannot merge it
+    warnings.filterwarnings("ignore", ".*complex operators")  # Inductor, of the rotary embedding, which it leaves be
 
 
 def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Whether the device can do what was asked. Raises UserError."""
-    if args.do_fp8_training and accelerator.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(accelerator.device)
-        if capability < (8, 9):
-            raise UserError(
-                f"--do_fp8_training needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}: "
-                "leave the flag out, or give --bnb_quantization_config_path configs/nf4.json"
-            )
     if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
         raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
     if accelerator.mixed_precision == "fp16":
@@ -1584,14 +1591,23 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+NF4 = {  # --base_model_precision nf4; configs/nf4.json says the same
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_quant_storage": "bfloat16",
+    "llm_int8_skip_modules": ["all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"],
+}
+
+
 def quantization_config(run: Run) -> BitsAndBytesConfig | None:
-    """diffusers' settings for bitsandbytes from the JSON file, or None. Raises UserError."""
+    """diffusers' settings for bitsandbytes, NF4 or from the JSON file, or None. Raises UserError."""
     path = run.args.bnb_quantization_config_path
-    if not path:
+    if not path and run.args.base_model_precision != "nf4":
         return None
     errors = (UserError, ValueError, TypeError, AttributeError, RuntimeError, ImportError)
-    with user_errors(f"--bnb_quantization_config_path {path}", *errors):
-        settings = json.loads(read_text(Path(path)))
+    with user_errors(f"--bnb_quantization_config_path {path}" if path else "--base_model_precision nf4", *errors):
+        settings = json.loads(read_text(Path(path))) if path else NF4.copy()
         known = inspect.signature(BitsAndBytesConfig.__init__).parameters
         if unknown := settings.keys() - known:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
@@ -1610,45 +1626,69 @@ def quantization_config(run: Run) -> BitsAndBytesConfig | None:
         return config
 
 
-FLOAT8 = torch.float8_e4m3fn
+def check_float8(device: torch.device) -> None:
+    """Whether the device has float8 products. Raises UserError."""
+    instead = "take --base_model_precision int8 or nf4"
+    if device.type not in ("cuda", "cpu") or torch.version.hip:  # ROCm calls itself cuda
+        name = "an AMD GPU" if torch.version.hip else device.type
+        raise UserError(f"--do_fp8_training needs an NVIDIA GPU, this is {name}: {instead}")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
+    if capability < (8, 9):
+        found = ".".join(map(str, capability))
+        raise UserError(f"--do_fp8_training needs compute capability 8.9, this GPU has {found}: {instead}")
+    if device.type == "cuda" and HAS_TRITON:
+        logger.info("float8 compiles the transformer's blocks: the first steps take about a minute longer")
+    elif device.type == "cuda":
+        logger.warning(f"--do_fp8_training without Triton is slower than bf16: install it, or {instead}")
 
 
-def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix in float8, and the float32 scale of each row, [rows, 1]; a row of zeros stays zero."""
-    scale = matrix.abs().amax(dim=-1, keepdim=True).float() / torch.finfo(FLOAT8).max
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (matrix / scale).to(FLOAT8, memory_format=torch.contiguous_format), scale
+def check_precision(run: Run) -> None:
+    """Whether the precision of the frozen weights can be had here. Raises UserError."""
+    precision, torchao = run.args.base_model_precision, None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        torchao = importlib.metadata.version("torchao")
+    if torchao and Version(torchao) < Version("0.16"):
+        raise UserError(f"torchao {torchao} is too old, used or not, for PEFT's adapters: pip install 'torchao>=0.16'")
+    if precision in ("fp8", "int8") and not torchao:
+        raise UserError(f"--base_model_precision {precision} needs torchao: pip install 'torchao>=0.16'")
+    if precision == "int8" and run.sharded:
+        raise UserError("--base_model_precision int8 cannot be sharded by FSDP: take fp8 or nf4")
+    if precision == "fp8":
+        check_float8(run.accelerator.device)
+    quantization_config(run)
+
+
+def to_float8(tensor: Tensor, role: str, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """torchao's float8 tensor of `tensor` in its `role` in a product; with `scale`, of what is in float8 already."""
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole, LinearMMConfig
+
+    config, role = LinearMMConfig(), GemmInputRole(role)
+    if scale is not None:
+        return Float8TrainingTensor(tensor.view(torch.float8_e4m3fn), scale, dtype, config, role)
+    return hp_tensor_to_float8_dynamic(tensor, torch.float8_e4m3fn, config, gemm_input_role=role)
 
 
 class Float8Product(torch.autograd.Function):
-    """`x @ weight.T` with both products in float8: the forward one, and that of the gradient with respect to `x`.
+    """`x @ weight.T` with both products in float8, torchao's: the forward one, and that of the gradient of `x`.
 
-    The gradient sums over the output channels, each of which has a scale of its own, so those scales go into the
-    gradient before it is quantized. One set of float8 weights serves both; only while the backward pass runs there is
-    a transposed copy of one layer's, because tensor cores want the summed dimension contiguous.
+    x: [tokens, in], weight: [out, in] as bytes, with one scale each: a scale for every token is as exact on the
+    trained small model (cosine of the gradient to bf16 0.998) and was 11% slower on an H200.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.x_dtype = x.dtype
-        rows, row_scale = quantize_rows(x)
-        product = torch._scaled_mm(
-            rows, weight.t(), row_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        return product.to(out_dtype)
+        return to_float8(x, "input") @ to_float8(weight, "weight", scale, x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, scale = ctx.saved_tensors
-        rows, row_scale = quantize_rows(grad * scale.t())
-        columns, ones = weight.t().contiguous().t(), torch.ones(1, weight.shape[1], device=grad.device)
-        product = torch._scaled_mm(rows, columns, row_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return product.to(ctx.x_dtype), None, None, None
+        return to_float8(grad, "grad_output") @ to_float8(weight, "weight", scale, grad.dtype), None, None
 
 
-class FrozenFloat8Linear(torch.nn.Linear):
-    """A linear layer that is never trained, its weight quantized once, row by row; PEFT wraps it like any other.
+class Float8Linear(torch.nn.Linear):
+    """A linear layer that is never trained, its weight quantized once; PEFT adds a LoRA to it as to any other.
 
     The float8 numbers are kept as bytes, which every communication library can send.
     """
@@ -1657,15 +1697,14 @@ class FrozenFloat8Linear(torch.nn.Linear):
 
     def __init__(self, linear: torch.nn.Linear, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight, scale = quantize_rows(linear.weight.detach().to(device))
-        self.weight = torch.nn.Parameter(weight.view(torch.uint8), requires_grad=False)
-        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+        weight = to_float8(linear.weight.detach().to(device), "weight")
+        self.weight = torch.nn.Parameter(weight._data.view(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", weight._scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        product = Float8Product.apply(x.flatten(0, -2), self.weight.view(FLOAT8), self.scale, out_dtype)
-        return product.unflatten(0, x.shape[:-1])
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return Float8Product.apply(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
 
 
 def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
@@ -1673,15 +1712,27 @@ def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.M
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
-def quantize_to_float8(transformer: ZImageTransformer2DModel, device: torch.device) -> None:
-    """Replace the attention and feed-forward layers of every block, one at a time, by float8 ones on `device`.
+def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torch.device) -> None:
+    """Hold the attention and feed-forward layers of every block in "fp8" or "int8", one after the other on `device`.
 
-    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its precision.
+    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its type.
     """
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    left = 0
     for block in transformer_blocks(transformer):
-        for name, module in list(block.named_modules()):
-            if isinstance(module, torch.nn.Linear) and module.bias is None:  # all but the modulation
-                block.set_submodule(name, FrozenFloat8Linear(module, device))
+        for name, layer in list(block.named_modules()):
+            if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:  # the modulation has a bias
+                continue
+            if precision == "int8":
+                quantize_(layer, Int8WeightOnlyConfig(version=2, set_inductor_config=False), device=device)
+                layer.requires_grad_(False)
+            elif layer.in_features % 16 or layer.out_features % 16:
+                left += 1
+            else:
+                block.set_submodule(name, Float8Linear(layer, device))
+    if left:
+        logger.info(f"{left} layers whose sizes are not multiples of 16 are not held in float8")
 
 
 def checkpoint_blocks(
@@ -1698,7 +1749,8 @@ def checkpoint_blocks(
     }
 
     def run_block(block: torch.nn.Module, hidden_states: Tensor, *inputs: Any) -> Tensor:
-        if block not in recomputed:
+        learns = hidden_states.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
+        if block not in recomputed or not learns:  # the backward pass ends at the first block that has a LoRA
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
@@ -1707,50 +1759,11 @@ def checkpoint_blocks(
     transformer.enable_gradient_checkpointing(run_block)
 
 
-class RealRopeEmbedder(RopeEmbedder):
-    """The rotary embedding as pairs of cosine and sine, [tokens, head_dim / 2, 2], in place of complex numbers."""
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        return torch.view_as_real(super().__call__(ids))
-
-
-def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of channels of x [B, tokens, heads, head_dim] by rotation [B, tokens, head_dim / 2, 2]."""
-    cos, sin = rotation.unsqueeze(2).unbind(-1)
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)
-
-
-class RealRopeAttnProcessor(ZSingleStreamAttnProcessor):
-    """diffusers' attention of Z-Image with that embedding."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
-    ) -> Tensor:
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query, key = rotate_pairs(attn.norm_q(query), freqs_cis), rotate_pairs(attn.norm_k(key), freqs_cis)
-        mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        output = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
-        return attn.to_out[0](output.flatten(2, 3).type_as(query))
-
-
 def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
-    """Compile the repeated block, not the model: Inductor fuses it whole once complex numbers are out of it."""
-    rope = transformer.rope_embedder
-    transformer.rope_embedder = RealRopeEmbedder(rope.theta, rope.axes_dims, rope.axes_lens)
+    """Compile the repeated block, not the model: that takes half a minute, and hardly any speed is lost."""
     # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit of 8.
     torch._dynamo.config.recompile_limit = 64
     for block in transformer_blocks(transformer):
-        backend = block.attention.processor._attention_backend
-        block.attention.set_processor(RealRopeAttnProcessor())
-        block.attention.processor._attention_backend = backend
         block.compile(fullgraph=True)
 
 
@@ -1761,8 +1774,8 @@ def load_transformer(run: Run) -> ZImageTransformer2DModel:
     kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     transformer = run.pipeline.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
     transformer.requires_grad_(False)
-    if args.do_fp8_training:
-        quantize_to_float8(transformer, device)
+    if args.base_model_precision in ("fp8", "int8"):
+        quantize(transformer, args.base_model_precision, device)
     if not quantization and not run.sharded:
         transformer.to(device)
     if args.attention_backend or args.enable_npu_flash_attention:
@@ -2385,6 +2398,24 @@ class TrainingData:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class OnePromptAtATime(torch.nn.Module):
+    """A transformer as `ZImagePipeline` calls it, its lists taken one by one.
+
+    So no prompt is padded to the length of another, there is no attention mask, and the shapes are training's.
+    """
+
+    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.in_channels, self.dtype, self.device = transformer.in_channels, transformer.dtype, transformer.device
+
+    def forward(
+        self, latents: list[Tensor], times: Tensor, embeds: list[Tensor], **options: Any
+    ) -> list[list[Tensor]]:
+        each = zip(latents, times.split(1), embeds, strict=True)
+        return [[self.transformer([x], time, [embed], **options)[0][0] for x, time, embed in each]]
+
+
 def draw_images(
     transformer: ZImageTransformer2DModel,
     vae: AutoencoderKL,
@@ -2399,7 +2430,9 @@ def draw_images(
     """
     args = run.args
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
-    pipeline = ZImagePipeline(scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer)
+    pipeline = ZImagePipeline(
+        scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=OnePromptAtATime(transformer)
+    )
     pipeline.vae_scale_factor = run.pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
@@ -2450,14 +2483,14 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
 
 @contextlib.contextmanager
 def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
-    """The transformer as it will be used: in eval mode, uncompiled, without `--base_adapter`; afterwards as before."""
+    """The transformer as it will be used: in eval mode, without `--base_adapter`; afterwards as before."""
     layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
     scales = [layer.scaling["base"] for layer in layers]
     transformer.eval()
     for layer in layers:
         layer.scaling["base"] = 0.0
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes than training's
+        with torch.no_grad():
             yield
     finally:
         for layer, scale in zip(layers, scales):
@@ -2801,8 +2834,8 @@ def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 def sum_over_processes(
     parameters: list[torch.nn.Parameter], loss: Tensor, stop_requested: bool, accelerator: Accelerator
-) -> tuple[Tensor, bool]:
-    """Add up gradients and loss over the processes, in one exchange; returns the loss and whether any asks to stop.
+) -> Tensor:
+    """Add up gradients and loss over the processes, in one exchange; returns [loss, how many were asked to stop].
 
     The LoRA is small, so every process holds all of it and its gradients; only the frozen base is ever sharded. A
     wrapped model would average the gradients of each backward pass instead, in as many exchanges.
@@ -2810,13 +2843,13 @@ def sum_over_processes(
     for parameter in parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
+    sums = torch.stack([loss, torch.full_like(loss, float(stop_requested))])
     if accelerator.num_processes == 1:
-        return loss, stop_requested
-    extra = torch.stack([loss, torch.full_like(loss, float(stop_requested))])
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters] + [extra]), reduction="sum")
+        return sums
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters] + [sums]), reduction="sum")
     for parameter, gradient in zip(parameters, flat[:-2].split([p.numel() for p in parameters]), strict=True):
         parameter.grad.copy_(gradient.view_as(parameter))
-    return flat[-2], flat[-1].item() > 0
+    return flat[-2:]
 
 
 @dataclasses.dataclass
@@ -3029,7 +3062,7 @@ def expected_memory(examples: Examples, run: Run) -> dict[str, float]:
     args, config = run.args, run.pipeline.transformer_config
     width, parameters = run.weight_dtype.itemsize, count_parameters(run.pipeline)
     weights = parameters["transformer"] * width
-    if args.do_fp8_training:
+    if args.base_model_precision in ("fp8", "int8"):
         weights -= parameters["products"] * (width - 1)
     elif quantization := quantization_config(run):
         scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
@@ -3077,13 +3110,14 @@ def other_flags(examples: Examples, run: Run) -> dict[str, float]:
     if run.args.optimizer == "adamw":
         flags.append("use_8bit_adam")
     if not run.args.bnb_quantization_config_path:
-        flags.append("do_fp8_training")
+        flags.append("base_model_precision")
     if run.accelerator.device.type != "cpu":
         flags.append("offload")
     peaks = {}
     for flag in flags:
         given = getattr(run.args, flag)
-        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: not given}))
+        value = "int8" if flag == "base_model_precision" else True
+        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: None if given else value}))
         peak = expected_memory(examples, other)["training"]
         peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
     return peaks
@@ -3146,7 +3180,7 @@ MATHEMATICS = [
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
-    "logit_std", "mode_scale", "timestep_shift", "do_fp8_training", "base_adapter",
+    "logit_std", "mode_scale", "timestep_shift", "base_model_precision", "base_adapter",
 ]
 # fmt: on
 
@@ -3322,8 +3356,10 @@ def write_model_card(run: Run, files: list[Path]) -> str:
         for name, value in loggable(run).items()
         if value != "None" and value is not False
     }
-    quantized = {"do_fp8_training": "float8", "bnb_quantization_config_path": "bitsandbytes' low precision"}
-    held = next((f", the base held in {kind}" for name, kind in quantized.items() if getattr(args, name)), "")
+    quantized = {"fp8": "float8", "int8": "int8", "nf4": "NF4"}.get(
+        args.base_model_precision, args.bnb_quantization_config_path and "bitsandbytes' low precision"
+    )
+    held = f", the base held in {quantized}" if quantized else ""
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
     rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
     body = f"""# {hub_repository(args)}
@@ -3432,9 +3468,10 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add up the gradients of an update's micro-batches in this process.
 
-    Returns the sum of their losses, or NaN where one of them does not come.
+    Returns the sum of their losses, or NaN where one of them does not come. Raises TrainingError where some of the LoRA
+    has no gradient: an attention backend can lack a backward pass.
     """
-    accelerator, loss = run.accelerator, torch.zeros((), device=run.accelerator.device)
+    accelerator, loss, number = run.accelerator, torch.zeros((), device=run.accelerator.device), None
     if state.scaler:  # it needs to have seen something, also where this process has no sample
         state.scaler.scale(loss)
     for number, batch in enumerate(batches):
@@ -3445,14 +3482,22 @@ def accumulate_gradients(
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
         accelerator.backward(micro_loss)
         loss += micro_loss.detach()
+    if number is not None and any(parameter.grad is None for parameter in state.parameters):
+        backend = run.args.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+        raise TrainingError(f"the attention backend {backend} gives no gradients: take --attention_backend native")
     return loss
 
 
-def apply_gradients(state: TrainingState, loss: Tensor, run: Run) -> tuple[float, float]:
-    """Clip the gradients and, where all is finite, step the optimizer. Returns the loss and the gradient norm."""
+def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float, bool, float]:
+    """Clip the gradients and, where all is finite, step the optimizer; nothing where the run stops amid the update.
+
+    Returns the loss, whether to stop (these are in `sums`), and the norm of the gradients.
+    """
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
-    loss, norm = torch.stack([loss, norm]).tolist()  # the update's one wait for the device
+    loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
+    if stopping and not math.isfinite(loss):
+        return loss, True, norm
     if math.isfinite(loss) and math.isfinite(norm):
         state.scaler.step(state.optimizer) if state.scaler else state.optimizer.step()
     else:
@@ -3462,7 +3507,7 @@ def apply_gradients(state: TrainingState, loss: Tensor, run: Run) -> tuple[float
     state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return loss, norm
+    return loss, stopping > 0, norm
 
 
 def train(
@@ -3483,10 +3528,9 @@ def train(
     with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
         for step, batches in updates:
             loss = accumulate_gradients(state, data.vae, batches, step, run)
-            loss, stopping = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
-            if not stopping or loss.isfinite():  # else its pictures did not come: a resumed run takes it again
-                loss, norm = apply_gradients(state, loss, run)
-                assert state.step == step
+            sums = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
+            loss, stopping, norm = apply_gradients(state, sums, run)
+            if state.step == step:  # not where its pictures did not come: a resumed run takes it again
                 skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
                 progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
             if skipped_in_a_row == 10:
@@ -3543,7 +3587,7 @@ def main(args: argparse.Namespace) -> None:
     lora = read_lora_settings(args, pipeline.transformer_config)
     run = Run(args, accelerator, pipeline, seed, weight_dtype, lora)
     # These are needed later; mistakes in them end the run here, before anything is loaded.
-    quantization_config(run)
+    check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
     validation_pipeline(run)
     if args.base_adapter:
