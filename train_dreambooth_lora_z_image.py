@@ -3468,8 +3468,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add up the gradients of an update's micro-batches in this process.
 
-    Returns the sum of their losses, or NaN where one of them does not come. Raises TrainingError where some of the LoRA
-    has no gradient: an attention backend can lack a backward pass.
+    Returns the sum of their losses, or NaN where one of them does not come. Raises TrainingError where part of the
+    LoRA has no gradient: an attention backend can lack a backward pass.
     """
     accelerator, loss, number = run.accelerator, torch.zeros((), device=run.accelerator.device), None
     if state.scaler:  # it needs to have seen something, also where this process has no sample

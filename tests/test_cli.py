@@ -32,6 +32,7 @@ DEFAULTS = {
     "cache_dir": None,
     "mixed_precision": None,
     "do_fp8_training": False,
+    "base_model_precision": None,
     "bnb_quantization_config_path": None,
     "gradient_checkpointing": False,
     "offload": False,

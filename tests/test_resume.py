@@ -900,7 +900,7 @@ CHANGES_THAT_STOP = {
     "cache_latents": {"cache_latents": True},
     "weighting_scheme": {"weighting_scheme": "cosmap"},
     "timestep_shift": {"timestep_shift": 3.0},
-    "do_fp8_training": {"do_fp8_training": True, "mixed_precision": "no"},
+    "base_model_precision": {"base_model_precision": "int8"},
     "captions": {"instance_prompt": "a photo of another dog"},
 }
 CHANGES_THAT_WARN = {
