@@ -455,6 +455,11 @@ non_negative = bounded(float, low=0)
 fraction = bounded(float, low=0, high=1)
 
 
+def resolutions(text: str) -> tuple[int, ...]:
+    """An argparse type: one side in pixels, or several with commas between them."""
+    return tuple(map(count, text.split(",")))
+
+
 def build_parser() -> OneLineErrorParser:
     """The command line: every flag, in groups by topic."""
     # fmt: off
@@ -500,8 +505,8 @@ def build_parser() -> OneLineErrorParser:
     add("--instance_prompt", required=True, metavar="PROMPT",
         help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
     add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
-    add("--resolution", type=count, default=1024, metavar="PIXELS",
-        help="Side of the training pictures. Default: 1024.")
+    add("--resolution", type=resolutions, default=(1024,), metavar="PIXELS",
+        help="Side of the training pictures, or several: 512,768,1024 trains each picture at each. Default: 1024.")
     add("--aspect_ratio_buckets", metavar='"H,W;H,W"',
         help="Train each picture at the listed size nearest to its shape.")
     add("--use_aspect_ratio_buckets", action="store_true",
@@ -619,6 +624,11 @@ def build_parser() -> OneLineErrorParser:
     return parser
 
 
+def round_size(side: float) -> int:
+    """The multiple of 16 nearest to `side`, at least 16."""
+    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+
 def parse_buckets(text: str) -> list[Size]:
     """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
     buckets = []
@@ -676,6 +686,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag}: {text!r} is not UTF-8")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         parser.error("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
+    if len(args.resolution) > 1 and args.aspect_ratio_buckets:
+        parser.error("--aspect_ratio_buckets lists the sizes: give one --resolution, for the pictures that are drawn")
+    if len({*map(round_size, args.resolution)}) < len(args.resolution):
+        parser.error("--resolution: two of its sizes are the same, in multiples of 16: leave one out")
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give exactly one of --instance_data_dir and --dataset_name")
     if args.dataset_config_name and not args.dataset_name:
@@ -888,11 +902,6 @@ def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip:
     return pixels
 
 
-def round_size(side: float) -> int:
-    """The multiple of 16 nearest to `side`, at least 16."""
-    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-
-
 @functools.cache
 def bucket_ladder(resolution: int) -> list[Size]:
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
@@ -906,10 +915,10 @@ def smallest_area(resolution: int) -> int:
 
 
 def list_buckets(args: argparse.Namespace) -> list[Size] | None:
-    """The buckets to choose from, or None where each picture finds its own size."""
+    """The smallest buckets to choose from, or None where each picture finds its own size."""
     if args.aspect_ratio_buckets:
         return parse_buckets(args.aspect_ratio_buckets)
-    return None if args.use_aspect_ratio_buckets else [(round_size(args.resolution),) * 2]
+    return None if args.use_aspect_ratio_buckets else [(round_size(min(args.resolution)),) * 2]
 
 
 def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
@@ -940,7 +949,7 @@ def make_example(
 ) -> Example:
     """The example of a picture, from its header alone. Raises UserError."""
     size = picture_size(name, source)
-    bucket = assign_bucket(size, list_buckets(args), args.resolution)
+    bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
     return Example(kind, name, source, caption, size, bucket, args.repeats if kind == "instance" else 1)
 
 
@@ -1028,6 +1037,22 @@ def load_all_examples(args: argparse.Namespace) -> Examples:
         flag = "--validation_data_dir"
         examples["held-out"] = load_folder(folder, "held-out", flag, args.instance_prompt, args, column)
     return examples
+
+
+def add_resolutions(examples: list[Example], args: argparse.Namespace) -> list[Example]:
+    """The examples, which are at the smallest `--resolution`, and after them those of the others.
+
+    A picture that would have to be enlarged for one is left out of it.
+    """
+    added = list(examples)
+    for side in map(round_size, sorted(args.resolution)[1:]):
+        buckets = bucket_ladder(side) if args.use_aspect_ratio_buckets else [(side, side)]
+        larger = [dataclasses.replace(e, bucket=assign_bucket(e.size, buckets, side)) for e in examples]
+        fitting = [e for e in larger if e.bucket[0] <= e.size[0] and e.bucket[1] <= e.size[1]]
+        if left_out := len(examples) - len(fitting):
+            logger.info(f"--resolution {side}: {left_out} {examples[0].kind} pictures are smaller and left out there")
+        added += fitting
+    return added
 
 
 def verify_pictures(examples: list[Example]) -> None:
@@ -1172,7 +1197,8 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
         raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
     longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
-    for height, width in list_buckets(args) or [(round_size(args.resolution),) * 2]:
+    largest = (round_size(max(args.resolution)),) * 2
+    for height, width in parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [largest]:
         if height > longest[0] or width > longest[1]:
             size = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
             raise UserError(f"--{size}: this model draws at most {longest[0]} x {longest[1]} pixels")
@@ -2424,11 +2450,11 @@ def draw_images(
     prompt_embeds: dict[str, Tensor],
     run: Run,
 ) -> list[Image.Image]:
-    """Pictures of a prompt, one for each generator, at `--resolution` and `--guidance_scale`.
+    """Pictures of a prompt, one for each generator, at the last `--resolution` and `--guidance_scale`.
 
     The noise is drawn on the CPU, so that it is the same on every device; the VAE decodes in its own precision.
     """
-    args = run.args
+    args, side = run.args, round_size(run.args.resolution[-1])
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(
         scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=OnePromptAtATime(transformer)
@@ -2436,16 +2462,14 @@ def draw_images(
     pipeline.vae_scale_factor = run.pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
     embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
-    noise = torch.stack(
-        [torch.randn(run.pipeline.latent_shape([round_size(args.resolution)] * 2), generator=g) for g in generators]
-    )
+    noise = torch.stack([torch.randn(run.pipeline.latent_shape((side, side)), generator=g) for g in generators])
     steps = {"num_inference_steps": args.validation_num_inference_steps} if args.validation_num_inference_steps else {}
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
         latents = pipeline(
             prompt_embeds=[embed] * len(generators),
             negative_prompt_embeds=[negative] * len(generators),
-            height=round_size(args.resolution),
-            width=round_size(args.resolution),
+            height=side,
+            width=side,
             guidance_scale=args.guidance_scale,
             latents=noise.to(run.accelerator.device),
             output_type="latent",
@@ -3014,11 +3038,9 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 def loggable(run: Run) -> dict[str, int | float | str]:
     """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
     lora = {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "lora_layers": ",".join(run.lora.targets)}
-    return {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in (vars(run.args) | lora).items()
-        if name != "hub_token"
-    }
+    flags = vars(run.args) | lora | {"resolution": ",".join(map(str, run.args.resolution))}
+    del flags["hub_token"]
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in flags.items()}
 
 
 def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
@@ -3081,7 +3103,7 @@ def expected_memory(examples: Examples, run: Run) -> dict[str, float]:
         kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
     buckets = {example.bucket for kind in examples for example in examples[kind]}
     if not all(examples.values()):  # class pictures that are still to be drawn
-        buckets.add((round_size(args.resolution),) * 2)
+        buckets.add((round_size(args.resolution[-1]),) * 2)
     pixels = max(math.prod(bucket) for bucket in buckets)
     tokens = pixels / (2 * run.pipeline.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
     layers = config["n_layers"] + config["n_refiner_layers"]
@@ -3127,7 +3149,8 @@ def describe_pictures(examples: Examples) -> list[str]:
     """The pictures by size, and how much they are scaled and cut, as lines."""
     lines = []
     for kind, kind_examples in examples.items():
-        lines.append(f"{len(kind_examples)} {kind} pictures" + (":" if kind_examples else ", none yet"))
+        pictures = list({example.name: example for example in kind_examples}.values())
+        lines.append(f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet"))
         by_bucket = {}
         for example in kind_examples:
             by_bucket.setdefault(example.bucket, []).append(example.size)
@@ -3144,7 +3167,7 @@ def describe_pictures(examples: Examples) -> list[str]:
         enlarged = [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]
         if enlarged:
             lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
-        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(kind_examples)]
+        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(pictures)]
     return lines
 
 
@@ -3153,8 +3176,9 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
     args, lines = run.args, describe_pictures(examples)
     if missing_class_images:
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
-    if round_size(args.resolution) != args.resolution:
-        lines.append(f"--resolution {args.resolution} is rounded to {round_size(args.resolution)}, a multiple of 16")
+    for side in args.resolution:
+        if round_size(side) != side:
+            lines.append(f"--resolution {side} is rounded to {round_size(side)}, a multiple of 16")
     lines.append(
         f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
         f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
@@ -3204,7 +3228,7 @@ def make_fingerprint(examples: Examples, missing_class_images: int, plan: Traini
             "pictures": digest_of(data),
             "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
             "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
-            "number of class images": len(examples.get("class", [])) + missing_class_images,
+            "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
             "lora_layers": digest_of(run.lora.modules),
             "rank": run.lora.rank,
             "lora_alpha": run.lora.alpha,
@@ -3596,6 +3620,7 @@ def main(args: argparse.Namespace) -> None:
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
+    examples = {kind: add_resolutions(examples[kind], args) for kind in examples}
     plan = TrainingPlan(examples, run)
     for line in describe_plan(examples, missing, plan, run):
         logger.info(line)
@@ -3621,7 +3646,7 @@ def main(args: argparse.Namespace) -> None:
     prompt_embeds = encode_prompts(sorted(prompts), run)
     if missing:
         generate_class_images(missing, prompt_embeds, run)
-        examples["class"] = load_class_examples(args)
+        examples["class"] = add_resolutions(load_class_examples(args), args)
     plan = TrainingPlan(examples, run, prompt_embeds)
     data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]

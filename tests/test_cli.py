@@ -53,7 +53,7 @@ DEFAULTS = {
     "num_class_images": 100,
     "sample_batch_size": 4,
     "prior_generation_precision": None,
-    "resolution": 1024,
+    "resolution": (1024,),
     "aspect_ratio_buckets": None,
     "use_aspect_ratio_buckets": False,
     "center_crop": False,

@@ -1,6 +1,8 @@
-"""Which samples make an update, and the threads that read them ahead of time."""
+"""Which samples make an update, at which resolutions, and the threads that read them ahead of time."""
 
 import math
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -9,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
+from kill_test import TrainerProcess, bit_identical, fork_trainer
 from tiny import train_args
 
 
@@ -162,6 +166,105 @@ def test_validation_comes_when_the_samples_seen_pass_a_multiple_of_its_epochs(pi
     assert [step for step in range(10) if plan.validates(step)] == steps
 
 
+def test_a_run_set_by_epochs_goes_on_when_it_is_made_longer_and_says_what_is_passed_over(tiny_model, photos, tmp_path):
+    flags = {"train_batch_size": 4, "max_train_steps": None, "cache_latents": True, "checkpointing_steps": 2}
+    argv = train_args(tiny_model, photos, tmp_path / "out", **flags)
+    log = tmp_path / "log.txt"
+    first = fork_trainer(*argv, "--num_train_epochs=1", log=log)
+    assert "2 steps of 4 pictures: 1.0 epochs of 6 samples" in first.output
+    longer = fork_trainer(*argv, "--num_train_epochs=3", "--resume_from_checkpoint=latest", log=log)
+    assert "5 steps of 4 pictures: 3.0 epochs of 6 samples" in longer.output
+    (line,) = [line for line in longer.output.splitlines() if "passed over" in line]
+    assert "2 samples" in line and "step 3/5" in longer.output
+    again = fork_trainer(*argv, "--num_train_epochs=4", "--resume_from_checkpoint=checkpoint-4", log=log)
+    assert "passed over" not in again.output  # the fourth update was whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several resolutions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """A folder of four pictures that are called by their sizes, height x width."""
+    (tmp_path / "sizes").mkdir()
+    for height, width in ((20, 24), (48, 96), (64, 64), (200, 120)):
+        Image.new("RGB", (width, height)).save(tmp_path / "sizes" / f"{height}x{width}.png")
+    return tmp_path / "sizes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"resolution": "64"}, {"20x24": ["64x64"], "48x96": ["64x64"], "64x64": ["64x64"], "200x120": ["64x64"]}),
+        (
+            {"resolution": "96,32,64"},
+            {
+                "20x24": ["32x32"],
+                "48x96": ["32x32"],
+                "64x64": ["32x32", "64x64"],
+                "200x120": ["32x32", "64x64", "96x96"],
+            },
+        ),
+        (
+            {"resolution": "32,64", "use_aspect_ratio_buckets": True},
+            {
+                "20x24": ["16x16"],
+                "48x96": ["32x48", "48x96"],
+                "64x64": ["32x32", "64x64"],
+                "200x120": ["48x32", "80x48"],
+            },
+        ),
+    ],
+)
+def test_a_picture_is_trained_at_each_resolution_that_does_not_enlarge_it(flags, expected, sizes, caplog):
+    args = trainer.parse_args(train_args("model", sizes, "out", **flags))
+    with caplog.at_level("INFO", logger=trainer.logger.name):
+        examples = trainer.add_resolutions(trainer.load_all_examples(args)["instance"], args)
+    found = {}
+    for example in examples:
+        found.setdefault(Path(example.name).stem, []).append("{}x{}".format(*example.bucket))
+    assert found == expected
+    for number, side in enumerate(sorted(map(int, flags["resolution"].split(",")))):
+        left_out = sum(len(buckets) <= number for buckets in found.values())
+        assert (f"--resolution {side}: {left_out} instance pictures" in caplog.text) == bool(left_out)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"resolution": "32,64", "aspect_ratio_buckets": "64,64"},
+        {"resolution": "64,32,64"},
+        {"resolution": "64,66"},
+        {"resolution": "64,many"},
+        {"resolution": "64,"},
+        {"resolution": ""},
+    ],
+)
+def test_resolutions_that_make_no_sense_are_a_mistake(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        trainer.parse_args(train_args("model", "data", "out", **flags))
+    assert error.value.code == 2
+    assert "--resolution" in capsys.readouterr().err
+
+
+def test_two_resolutions_are_cached_trained_and_drawn_at_the_last(tiny_model, sizes, tmp_path):
+    flags = {"resolution": "64,32", "max_train_steps": None, "num_train_epochs": 2, "train_batch_size": 4}
+    flags |= {"cache_latents": True, "encoding_cache_dir": tmp_path / "cache", "skip_final_inference": False}
+    flags |= {"validation_prompt": "a dog", "num_validation_images": 1, "validation_num_inference_steps": 1}
+    flags |= {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": tmp_path / "class"}
+    argv = train_args(tiny_model, sizes, tmp_path / "out", **flags, num_class_images=2, checkpointing_steps=2)
+    finished = fork_trainer(*argv, log=tmp_path / "log.txt")
+    assert "3 steps of 4 pictures: 2.0 epochs of 6 samples" in finished.output
+    assert "--resolution 64: 2 instance pictures are smaller" in finished.output
+    shapes = [trainer.load_file(path)["encoding"].shape for path in (tmp_path / "cache").iterdir()]
+    assert Counter(tuple(shape) for shape in shapes if len(shape) == 3) == {(16, 4, 4): 6, (16, 8, 8): 2}
+    (drawn,) = (tmp_path / "out" / "samples").glob("step-000003-*image-0.png")
+    assert Image.open(drawn).size == (32, 32)
+    fork_trainer(*argv, "--resume_from_checkpoint=checkpoint-2", log=tmp_path / "log.txt")  # it is the same run
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Threads that read ahead
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,3 +376,35 @@ def test_threads_end_when_they_are_closed(reader):
     take(reading)
     reading.close()
     assert not any(thread.is_alive() for thread in reading.threads)
+
+
+def stick_after_six(trainer):
+    """The seventh picture that a thread reads never comes."""
+    decode_image, read = trainer.decode_image, []
+
+    def decode(*args):
+        if threading.current_thread() is not threading.main_thread():
+            read.append(args)
+            if len(read) > 6:
+                threading.Event().wait()
+        return decode_image(*args)
+
+    trainer.decode_image, trainer.PATIENCE = decode, 0.5
+
+
+@pytest.mark.parametrize("accumulation", [1, 4], ids=["between two updates", "amid an update"])
+def test_a_run_whose_pictures_stop_coming_is_stopped_and_resumed(accumulation, tiny_model, photos, tmp_path):
+    flags = {"gradient_accumulation_steps": accumulation, "max_train_steps": 12 // accumulation}
+    saved = 6 // accumulation  # the update that is finished
+    argv = train_args(tiny_model, photos, tmp_path / "out", **flags, checkpointing_steps=saved, resolution=32)
+    process = TrainerProcess(argv, tmp_path / "log.txt", stick_after_six)
+    process.wait_for(f"Saved {tmp_path / 'out' / f'checkpoint-{saved}'}")
+    os.kill(process.process.pid, signal.SIGTERM)
+    finished = process.finish(timeout=60)
+    assert finished.returncode == 143, str(finished)
+    assert "Traceback" not in finished.output
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    fork_trainer(*argv, "--resume_from_checkpoint=latest", log=tmp_path / "log.txt")
+    whole = train_args(tiny_model, photos, tmp_path / "whole", **flags, resolution=32, dataloader_num_workers=3)
+    fork_trainer(*whole, log=tmp_path / "log.txt")
+    assert bit_identical(tmp_path / "out", tmp_path / "whole")
