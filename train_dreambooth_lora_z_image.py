@@ -2897,7 +2897,9 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler and self.scaler.state_dict(),
         }
-        torch.save(state, folder / STATE_FILE)
+        content = io.BytesIO()  # torch would not say that a disk is full
+        torch.save(state, content)
+        (folder / STATE_FILE).write_bytes(content.getbuffer())
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote. Raises UserError where it does not fit, or holds anything but plain data.
@@ -2977,7 +2979,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
             remove_checkpoint(final)
         rename(part, final)  # fails where it holds files of the user's
         flush_to_disk(output_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where a disk is full
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         logger.error(f"{final} could not be saved ({first_line(error)}): training goes on; make room or allow writing")
         return

@@ -6,13 +6,10 @@
 A round is one run of the trainer with everything random switched on. Its process is killed with SIGKILL while it
 starts, trains or writes a checkpoint, and started again with `--resume_from_checkpoint latest`, until it ends by
 itself; then the next round begins. The processes are forked from one that has imported the trainer, so that a kill
-costs a second or two and not ten. The tests borrow `fork_trainer` for every run whose start they do not look at.
+costs a second or two and not ten.
 """
 
 import argparse
-import gc
-import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -20,92 +17,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest import mock
 
 import torch
-from transformers import Qwen2Tokenizer, Qwen3Model
 
-from tiny import ROOT, Finished, build_photos, build_tiny_pipeline, lora_tensors, train_args, training_environment
+from running import TrainerProcess, fork_trainer  # noqa: F401 (tests take the second from here)
+from tiny import build_photos, build_tiny_pipeline, lora_tensors, train_args
 
 
-LAZY = (Qwen2Tokenizer, Qwen3Model)  # the trainer imports them late: they are to be there before the fork
 MOMENTS = ("starting", "training", "saving")
-
-
-class TrainerProcess:
-    """A trainer in a process of its own, forked from a server that has imported it."""
-
-    def __init__(self, argv, log, before=None, env=None):
-        """`before(trainer)`, a function of a module, is called in the process first, to change the trainer there."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kill_test", "train_dreambooth_lora_z_image"])
-        folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        environment = training_environment({"PYTHONPATH": folders, "ACCELERATE_USE_CPU": "1"})
-        with mock.patch.dict(os.environ, environment, clear=True):
-            forkserver.ensure_running()
-        self.argv, self.log = [str(part) for part in argv], Path(log)
-        self.log.unlink(missing_ok=True)
-        self.process = context.Process(target=run_trainer, args=(self.argv, self.log, before, env or {}))
-        self.process.start()
-        deadline = time.monotonic() + 120  # the first time, the server has to import the trainer
-        while not self.log.exists() and self.running:
-            assert time.monotonic() < deadline, "the process does not start"
-            time.sleep(0.005)
-
-    @property
-    def output(self):
-        return self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
-
-    @property
-    def running(self):
-        return self.process.is_alive()
-
-    def kill(self):
-        self.process.kill()
-        self.process.join()
-
-    def wait_for(self, text, timeout=120):
-        """Waits until the output holds `text` or the process has ended."""
-        deadline = time.monotonic() + timeout
-        while self.running and text not in self.output:
-            assert time.monotonic() < deadline, f"no {text!r} after {timeout} seconds in\n{self.output}"
-            time.sleep(0.005)
-
-    def finish(self, timeout=120):
-        """Waits for the end, which must come within `timeout` seconds."""
-        self.process.join(timeout)
-        finished = Finished(["train_dreambooth_lora_z_image.py", *self.argv], self.process.exitcode, "", self.output)
-        if self.running:
-            self.kill()
-            raise AssertionError(f"killed after {timeout} seconds, {finished}")
-        return finished
-
-
-def run_trainer(argv, log, before, env):
-    """What the forked process does: the trainer's command line, with its output in the file `log`."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(env)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a trainer that was started by itself
-    gc.freeze()  # what was imported before the fork is no garbage: collections need not look at it
-    import train_dreambooth_lora_z_image as trainer
-
-    sys.argv = ["train_dreambooth_lora_z_image.py", *argv]
-    if before:
-        before(trainer)
-    sys.exit(trainer.run_command_line())
-
-
-def fork_trainer(*argv, log, before=None, env=None, check=True, timeout=120):
-    """Runs the trainer to its end in a forked process. `before` and `log` as for `TrainerProcess`."""
-    finished = TrainerProcess(argv, log, before, env).finish(timeout)
-    assert not check or finished.returncode == 0, str(finished)
-    return finished
 
 
 def everything(model, photos, classes, out, **overrides):

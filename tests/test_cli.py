@@ -3,24 +3,21 @@
 import ast
 import importlib.util
 import json
-import logging
-import os
 import re
-import runpy
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, SCRIPT, Finished, lora_metadata, lora_tensors, run_script, train_args
+from running import ROOT, SCRIPT, error_line, launch_script, run_here
+from tiny import lora_metadata, lora_tensors, train_args
 
 
 REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", "--instance_prompt=a dog"]
@@ -129,44 +126,6 @@ def model_without_weights(tiny_model, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Runs the script as `python train_dreambooth_lora_z_image.py ARGS` would, inside this process."""
-
-    def run_here(*args):
-        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        reset_accelerate()
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as finished:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return Finished(sys.argv, finished.value.code, *capsys.readouterr())
-
-    environment, handlers = dict(os.environ), logging.root.handlers[:]
-    yield run_here
-    logging.root.handlers[:] = handlers
-    os.environ.clear()
-    os.environ.update(environment)
-    reset_accelerate()
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def assert_mistake(finished, *words):
-    """The program ended as for a mistake of its user: status 2, one line of its own, the last, with these words."""
-    lines = finished.stderr.splitlines()
-    own = [line for line in lines if line.startswith(SCRIPT.name)]
-    assert finished.returncode == 2, finished
-    assert "Traceback" not in finished.output, finished
-    assert len(own) == 1 and lines[-1] == own[0], finished
-    assert not [word for word in map(str, words) if word not in own[0]], own[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,22 +150,22 @@ def test_every_flag_is_read():
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_a_flag_without_effect_says_so_in_one_line(name, run_here, model_without_weights, photos, tmp_path):
+def test_a_flag_without_effect_says_so_in_one_line(name, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **{name: 1}))
     assert finished.returncode == 0, finished
     assert [f"--{name} has no effect" in line for line in finished.stderr.splitlines()].count(True) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_an_attention_backend_whose_library_is_missing_is_named(run_here, model_without_weights, photos, tmp_path):
+def test_an_attention_backend_whose_library_is_missing_is_named(model_without_weights, photos, tmp_path):
     argv = train_args(model_without_weights, photos, tmp_path / "out", attention_backend="flash")
-    assert_mistake(run_here(*argv), "--attention_backend flash")
+    error_line(run_here(*argv), "--attention_backend flash")
 
 
-def test_the_plan_names_a_damaged_picture(run_here, model_without_weights, photos, tmp_path):
+def test_the_plan_names_a_damaged_picture(model_without_weights, photos, tmp_path):
     (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
     argv = train_args(model_without_weights, photos, tmp_path / "out", dry_run=True)
-    assert_mistake(run_here(*argv), "cat.png")
+    error_line(run_here(*argv), "cat.png")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +180,7 @@ def test_help_explains_every_flag():
     assert not [action.option_strings for action in trainer.build_parser()._actions if not action.help]
 
 
-def test_help_is_printed_with_status_0(run_here):
+def test_help_is_printed_with_status_0():
     finished = run_here("--help")
     assert finished.returncode == 0 and "--instance_prompt" in finished.stdout
 
@@ -290,20 +249,18 @@ def test_a_later_flag_overrides_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("capability", "accepted"), [((7, 5), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
 )
-def test_fp8_needs_compute_capability_8_9(
-    capability, accepted, run_here, model_without_weights, photos, tmp_path, monkeypatch
-):
-    class AcceleratorOfThatGpu(accelerate.Accelerator):
+def test_fp8_needs_compute_capability_8_9(capability, accepted, model_without_weights, photos, tmp_path, monkeypatch):
+    class AcceleratorOfThatGpu(trainer.Accelerator):
         device = torch.device("cuda")
 
-    monkeypatch.setattr(accelerate, "Accelerator", AcceleratorOfThatGpu)
+    monkeypatch.setattr(trainer, "Accelerator", AcceleratorOfThatGpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     args = train_args(model_without_weights, photos, tmp_path / "out", do_fp8_training=True, dry_run=True)
     finished = run_here(*args)
     if accepted:
         assert finished.returncode == 0, finished
     else:
-        assert_mistake(finished, "--do_fp8_training", "8.9", f"{capability[0]}.{capability[1]}")
+        error_line(finished, "--do_fp8_training", "8.9", f"{capability[0]}.{capability[1]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +289,7 @@ def modules_of(layers, blocks=BLOCKS):
         ("noise_refiner.0.attention.to_v", {"noise_refiner.0.attention.to_v"}),
     ],
 )
-def test_lora_layers_trains_what_it_names_and_nothing_else(names, modules, run_here, tiny_model, photos, tmp_path):
+def test_lora_layers_trains_what_it_names_and_nothing_else(names, modules, tiny_model, photos, tmp_path):
     args = train_args(tiny_model, photos, tmp_path, lora_layers=names, rank=2, lora_alpha=6, max_train_steps=1)
     finished = run_here(*args)
     assert finished.returncode == 0, finished
@@ -397,36 +354,34 @@ def test_lora_layers_trains_what_it_names_and_nothing_else(names, modules, run_h
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("--", "@")) and "=" in value[0] else None,
 )
-def test_mistake_in_a_flag_ends_before_any_model_is_loaded(
-    flags, words, run_here, model_without_weights, photos, tmp_path
-):
+def test_mistake_in_a_flag_ends_before_any_model_is_loaded(flags, words, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out"), *flags)
-    assert_mistake(finished, *words)
+    error_line(finished, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_mistake_has_status_2_for_the_shell_too(model_without_weights, tmp_path):
-    finished = run_script(*train_args(model_without_weights, tmp_path / "nowhere", tmp_path / "out"), check=False)
-    assert_mistake(finished, "--instance_data_dir", tmp_path / "nowhere")
+    finished = launch_script(*train_args(model_without_weights, tmp_path / "nowhere", tmp_path / "out"), check=False)
+    error_line(finished, "--instance_data_dir", tmp_path / "nowhere")
 
 
-def test_neither_source_of_pictures_is_named(run_here, model_without_weights, tmp_path):
+def test_neither_source_of_pictures_is_named(model_without_weights, tmp_path):
     finished = run_here(*train_args(model_without_weights, None, tmp_path / "out"))
-    assert_mistake(finished, "--instance_data_dir", "--dataset_name")
+    error_line(finished, "--instance_data_dir", "--dataset_name")
 
 
 @pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "instance_prompt"])
-def test_a_required_flag_that_is_missing_is_named(flag, run_here, model_without_weights, photos, tmp_path):
+def test_a_required_flag_that_is_missing_is_named(flag, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", **{flag: None}))
-    assert_mistake(finished, f"--{flag}")
+    error_line(finished, f"--{flag}")
 
 
-def test_a_tracker_that_is_not_installed_comes_with_its_pip_line(run_here, model_without_weights, photos, tmp_path):
+def test_a_tracker_that_is_not_installed_comes_with_its_pip_line(model_without_weights, photos, tmp_path):
     missing = [name for name in map(str, LOGGER_TYPE_TO_CLASS) if find_spec(name) is None]
     if not missing:
         pytest.skip("every tracker is installed here")
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", report_to=missing[0]))
-    assert_mistake(finished, "--report_to", f"pip install {missing[0]}")
+    error_line(finished, "--report_to", f"pip install {missing[0]}")
 
 
 @pytest.mark.parametrize(
@@ -438,12 +393,12 @@ def test_a_tracker_that_is_not_installed_comes_with_its_pip_line(run_here, model
     ],
 )
 def test_an_optional_library_that_is_missing_comes_with_its_pip_line(
-    flags, library, run_here, model_without_weights, photos, tmp_path, monkeypatch
+    flags, library, model_without_weights, photos, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, f"{library}.optim", None)
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", **flags))
-    assert_mistake(finished, f"--{next(iter(flags))}", f"pip install {library}")
+    error_line(finished, f"--{next(iter(flags))}", f"pip install {library}")
 
 
 @pytest.mark.parametrize(
@@ -451,84 +406,82 @@ def test_an_optional_library_that_is_missing_comes_with_its_pip_line(
     [None, "", "{", "[]", '{"load_in_4bit": "yes"}', '{"load_in_4bit": true, "bnb_4bit_quant_type": 4}'],
     ids=["missing", "empty", "broken", "no object", "no boolean", "wrong type"],
 )
-def test_a_broken_quantization_config_is_named(text, run_here, model_without_weights, photos, tmp_path):
+def test_a_broken_quantization_config_is_named(text, model_without_weights, photos, tmp_path):
     path = tmp_path / "quantization.json"
     if text is not None:
         path.write_text(text)
     args = train_args(model_without_weights, photos, tmp_path / "out", bnb_quantization_config_path=path)
-    assert_mistake(run_here(*args), "--bnb_quantization_config_path", path)
+    error_line(run_here(*args), "--bnb_quantization_config_path", path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes works on this machine")
 @pytest.mark.parametrize("config", ["nf4.json", "int8.json"])
-def test_bitsandbytes_without_a_gpu_is_a_mistake(config, run_here, model_without_weights, photos, tmp_path):
+def test_bitsandbytes_without_a_gpu_is_a_mistake(config, model_without_weights, photos, tmp_path):
     path = ROOT / "configs" / config
     args = train_args(model_without_weights, photos, tmp_path / "out", bnb_quantization_config_path=path)
-    assert_mistake(run_here(*args), "--bnb_quantization_config_path", "GPU")
+    error_line(run_here(*args), "--bnb_quantization_config_path", "GPU")
 
 
-def test_a_model_folder_that_does_not_exist_is_named(run_here, photos, tmp_path):
+def test_a_model_folder_that_does_not_exist_is_named(photos, tmp_path):
     finished = run_here(*train_args(tmp_path / "no-model", photos, tmp_path / "out"))
-    assert_mistake(finished, "--pretrained_model_name_or_path", tmp_path / "no-model")
+    error_line(finished, "--pretrained_model_name_or_path", tmp_path / "no-model")
 
 
-def test_a_folder_that_is_no_pipeline_is_named(run_here, photos, tmp_path):
+def test_a_folder_that_is_no_pipeline_is_named(photos, tmp_path):
     finished = run_here(*train_args(photos, photos, tmp_path / "out"))
-    assert_mistake(finished, "--pretrained_model_name_or_path", photos)
+    error_line(finished, "--pretrained_model_name_or_path", photos)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "scheduler"])
-def test_a_pipeline_of_another_model_is_named(component, run_here, model_without_weights, photos, tmp_path):
+def test_a_pipeline_of_another_model_is_named(component, model_without_weights, photos, tmp_path):
     model = shutil.copytree(model_without_weights, tmp_path / "other-model")
     (file,) = (model / component).glob("*config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "AnotherModel"}))
     finished = run_here(*train_args(model, photos, tmp_path / "out"))
-    assert_mistake(finished, "--pretrained_model_name_or_path", component, "AnotherModel")
+    error_line(finished, "--pretrained_model_name_or_path", component, "AnotherModel")
 
 
-def test_a_folder_without_pictures_is_named(run_here, model_without_weights, tmp_path):
+def test_a_folder_without_pictures_is_named(model_without_weights, tmp_path):
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "README.md").write_text("no pictures yet")
     finished = run_here(*train_args(model_without_weights, tmp_path / "dog", tmp_path / "out"))
-    assert_mistake(finished, "--instance_data_dir", tmp_path / "dog")
+    error_line(finished, "--instance_data_dir", tmp_path / "dog")
 
 
-def test_a_file_in_place_of_the_folder_is_named(run_here, model_without_weights, photos, tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos / "cat.png", tmp_path / "out"))
-    assert_mistake(finished, "--instance_data_dir", photos / "cat.png")
+    error_line(finished, "--instance_data_dir", photos / "cat.png")
 
 
 @pytest.mark.parametrize("kept", [0, 30, 2000], ids=["empty", "header cut", "pixels cut"])
-def test_a_corrupt_picture_is_named_before_any_model_is_loaded(
-    kept, run_here, model_without_weights, photos, tmp_path
-):
+def test_a_corrupt_picture_is_named_before_any_model_is_loaded(kept, model_without_weights, photos, tmp_path):
     path = photos / "coffee.jpg"
     path.write_bytes(path.read_bytes()[:kept])
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out"))
-    assert_mistake(finished, path)
+    error_line(finished, path)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_an_arguments_file_in_another_encoding_is_named(encoding, run_here, tmp_path):
+def test_an_arguments_file_in_another_encoding_is_named(encoding, tmp_path):
     (tmp_path / "dog.args").write_text(ARGUMENTS_FILE, encoding=encoding)
     finished = run_here(*REQUIRED, f"@{tmp_path / 'dog.args'}")
-    assert_mistake(finished, tmp_path / "dog.args", "UTF-8")
+    error_line(finished, tmp_path / "dog.args", "UTF-8")
 
 
-def test_an_open_quote_in_an_arguments_file_is_a_mistake(run_here, tmp_path):
+def test_an_open_quote_in_an_arguments_file_is_a_mistake(tmp_path):
     (tmp_path / "dog.args").write_text("--rank=8\n--instance_prompt=a dog's photo\n")
-    assert_mistake(run_here(*REQUIRED, f"@{tmp_path / 'dog.args'}"), "quotation")
+    error_line(run_here(*REQUIRED, f"@{tmp_path / 'dog.args'}"), "quotation")
 
 
-def test_rounding_of_the_resolution_is_announced(run_here, model_without_weights, photos, tmp_path):
+def test_rounding_of_the_resolution_is_announced(model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=100, dry_run=True))
     assert finished.returncode == 0, finished
     (line,) = [line for line in finished.output.splitlines() if "rounded" in line]
     assert "--resolution 100" in line and "96" in line
 
 
-def test_a_resolution_that_fits_is_not_announced_as_rounded(run_here, model_without_weights, photos, tmp_path):
+def test_a_resolution_that_fits_is_not_announced_as_rounded(model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=96, dry_run=True))
     assert finished.returncode == 0 and "rounded" not in finished.output, finished
 
@@ -538,7 +491,7 @@ def test_a_resolution_that_fits_is_not_announced_as_rounded(run_here, model_with
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_says_what_becomes_of_the_pictures_and_captions(run_here, model_without_weights, photos, tmp_path):
+def test_the_plan_says_what_becomes_of_the_pictures_and_captions(model_without_weights, photos, tmp_path):
     for path in photos.iterdir():
         if path.name not in ("astronaut.jpg", "coffee.jpg"):  # of 128 x 128 and 192 x 128
             path.unlink()
@@ -560,7 +513,7 @@ def test_the_plan_says_what_becomes_of_the_pictures_and_captions(run_here, model
     assert re.search(r"--max_sequence_length 512 cuts a prompt of \d+ tokens: 'x+'\.\.\. ends at", finished.stderr)
 
 
-def test_the_plan_counts_the_parameters_that_a_run_saves(run_here, tiny_model, photos, tmp_path):
+def test_the_plan_counts_the_parameters_that_a_run_saves(tiny_model, photos, tmp_path):
     args = train_args(tiny_model, photos, tmp_path / "out", lora_layers="to_q,ff.net.2", rank=2, max_train_steps=1)
     finished = run_here(*args)
     counts = dict(re.findall(r"LoRA on (\S+): .* ([\d,]+) parameters", finished.stderr))
@@ -576,8 +529,7 @@ SAVE_MEMORY = ("gradient_checkpointing", "cache_latents", "use_8bit_adam", "do_f
 @pytest.mark.parametrize("given", [(), SAVE_MEMORY], ids=["none given", "all given"])
 def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_model):
     required = [f"--pretrained_model_name_or_path={tiny_model}", *REQUIRED[1:]]
-    model = trainer.check_model(trainer.parse_args(required))
-    targets = trainer.resolve_lora_layers("to_q", model.transformer_config)
+    pipeline = trainer.read_pipeline_info(trainer.parse_args(required), None)
 
     def run_with(*flags):
         args = trainer.parse_args([*required, *(f"--{flag}" for flag in flags)])
@@ -585,7 +537,10 @@ def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_mode
         accelerator = SimpleNamespace(
             device=torch.device("cuda"), state=plain, distributed_type=trainer.DistributedType.NO
         )
-        return {"instance": [(1024, 1024)]}, targets, trainer.Run(args, accelerator, model, 0, torch.bfloat16)
+        bucket = (1024, 1024)
+        examples = {"instance": [trainer.Example("instance", "a dog", Path("dog.png"), "a dog", bucket, bucket, 1)]}
+        lora = trainer.read_lora_settings(args, pipeline.transformer_config)
+        return examples, trainer.Run(args, accelerator, pipeline, 0, torch.bfloat16, lora)
 
     base, others = trainer.expected_memory(*run_with(*given))["training"], trainer.other_flags(*run_with(*given))
     assert {line.split("--")[1] for line in others} == set(SAVE_MEMORY)

@@ -51,11 +51,11 @@ def backend(monkeypatch, request):
     return request.param
 
 
-def make_run(model, precision="no", **flags):
+def make_run(model, precision="no", pictures="unused", **flags):
     """What the trainer's functions need to know of a run on the CPU."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
-    args = trainer.parse_args(train_args(model, "unused", "unused", **flags))
+    args = trainer.parse_args(train_args(model, pictures, "unused", **flags))
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         autocast=autocast,
@@ -65,15 +65,16 @@ def make_run(model, precision="no", **flags):
         is_main_process=True,
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
-    return trainer.Run(args, accelerator, trainer.read_pipeline_info(args, accelerator), seed=0, weight_dtype=dtype)
+    pipeline = trainer.read_pipeline_info(args, accelerator)
+    lora = trainer.read_lora_settings(args, pipeline.transformer_config)
+    return trainer.Run(args, accelerator, pipeline, seed=0, weight_dtype=dtype, lora=lora)
 
 
 def prepare(run, compiled=False):
     """The transformer as the trainer prepares it, and its LoRA's parameters, B random so that A has a gradient too."""
     run.args.compile = compiled
     transformer = trainer.load_transformer(run)
-    targets = trainer.resolve_lora_layers(run.args.lora_layers, run.pipeline.transformer_config)
-    parameters = trainer.add_lora(transformer, targets, run)
+    parameters = trainer.add_lora(transformer, run)
     generator = torch.Generator().manual_seed(1)
     for parameter in parameters:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -85,14 +85,14 @@ def observe(path, fsdp, change, trainer):
         notes["decoded"].append(Path(name).stem)
         return original["decode_image"](name, source)
 
-    def train(transformer, *args):
+    def train(state, *args):
         text_encoders.clear()
-        notes["bytes"]["transformer"] = local_bytes(transformer)
-        return original["train"](transformer, *args)
+        notes["bytes"]["transformer"] = local_bytes(state.transformer)
+        return original["train"](state, *args)
 
     def training_loss(transformer, vae, batch, *args):
         if transformer.training:
-            notes["updates"][-1].append(batch)
+            notes["updates"][-1].append({name: value for name, value in vars(batch).items() if value is not None})
         return original["training_loss"](transformer, vae, batch, *args)
 
     def sum_over_processes(*args):

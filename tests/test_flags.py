@@ -1,5 +1,6 @@
 """Flags have their effect, looked at where they take it: in the functions of the trainer, on the tiny model."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -24,11 +25,10 @@ def parsed(**flags):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_dataset(run, folder, kind="instance"):
-    """A dataset of the pictures in a folder."""
-    examples = {kind: trainer.load_examples(folder, "--instance_data_dir", "a dog")}
-    buckets = {kind: trainer.assign_buckets(examples[kind], run.args)}
-    return trainer.DreamBoothDataset(examples, buckets, {}, torch.arange(1, 1001) / 1000, run)
+def make_examples(run, folder):
+    """The pictures in a folder, as the run trains on them."""
+    run.args.instance_data_dir = str(folder)
+    return trainer.load_all_examples(run.args)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,12 @@ def make_dataset(run, folder, kind="instance"):
     [("instance", False, True), ("instance", True, False), ("held-out", False, False)],
 )
 def test_a_crop_is_drawn_anew_unless_it_is_centred(kind, center_crop, drawn, tiny_model, shared_photos):
-    dataset = make_dataset(make_run(tiny_model, center_crop=center_crop), shared_photos, kind)
-    sizes = [example.size for example in dataset.examples[kind]]
-    wide = max(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][0] / sizes[i][1])))
-    assert sizes[wide][0] != sizes[wide][1]
-    one, same, other = (dataset.pixels(kind, wide, False, number) for number in (1, 1, 2))
+    run = make_run(tiny_model, center_crop=center_crop)
+    (wide,) = [example for example in make_examples(run, shared_photos)["instance"] if "coffee" in example.name]
+    wide = dataclasses.replace(wide, kind=kind)
+    assert wide.size[0] < wide.size[1] and wide.bucket[0] == wide.bucket[1]
+    crops = [trainer.draw_crop(wide, run.args, run.seed, kind, number) for number in (1, 1, 2)]
+    one, same, other = (trainer.load_pixels(wide, crop, False) for crop in crops)
     assert torch.equal(one, same)
     assert torch.equal(one, other) is not drawn
 
@@ -100,7 +101,8 @@ def test_a_picture_that_would_be_encoded_differently_is_not_taken_from_the_cache
 ):
     def encode(model, cache, **flags):
         run = make_run(model, encoding_cache_dir=cache, **{"resolution": 32} | flags)
-        return trainer.cache_latents(make_dataset(run, shared_photos), ["instance"], run)
+        latents = trainer.cache_latents(make_examples(run, shared_photos)["instance"], run)
+        return {(example.name, flip): tensor for (example, flip), tensor in latents.items()}
 
     flags = {"resolution": {"resolution": 48}, "crop": {"center_crop": True}, "flip": {"random_flip": True}}
     model = build_tiny_pipeline(tmp_path / "other", seed=1) if change == "model" else tiny_model
@@ -147,10 +149,24 @@ def test_the_attention_backend_is_that_of_the_flag(compiled, tiny_model):
 def test_where_weights_come_from_is_passed_on(tiny_model):
     flags = {"revision": "v2", "cache_dir": "here", "variant": "fp16"}
     run = make_run(tiny_model, **flags)
-    assert run.model.hub_kwargs == flags
     loader = mock.Mock()
-    run.model.load(loader, "vae", dtype=torch.float32)
-    loader.from_pretrained.assert_called_once_with(run.model.path, subfolder="vae", dtype=torch.float32, **flags)
+    run.pipeline.load(loader, "vae", dtype=torch.float32)
+    loader.from_pretrained.assert_called_once_with(
+        run.pipeline.path, subfolder="vae", variant="fp16", dtype=torch.float32
+    )
+    run.args.pretrained_model_name_or_path = "someone/z-image"
+    accelerator = mock.MagicMock()
+    with mock.patch.object(trainer.DiffusionPipeline, "download") as download:
+        trainer.local_pipeline(run.args, accelerator)
+    assert download.call_args == mock.call("someone/z-image", **flags)
+    run.args.dry_run = True
+    with mock.patch.object(trainer, "snapshot_download") as download:
+        trainer.local_pipeline(run.args, accelerator)
+    assert download.call_args.args == ("someone/z-image",)
+    assert not any("safetensors" in pattern for pattern in download.call_args.kwargs["allow_patterns"])
+    assert {name: download.call_args.kwargs[name] for name in ("revision", "cache_dir")} == {
+        name: flags[name] for name in ("revision", "cache_dir")
+    }
     with mock.patch.object(trainer.ZImagePipeline, "lora_state_dict", return_value=({}, {})) as read:
         trainer.read_base_adapter(parsed(base_adapter="adapter:0.5", cache_dir="here"))
     assert read.call_args == mock.call("adapter", cache_dir="here", return_lora_metadata=True)
@@ -161,9 +177,13 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_can_be_scaled_by_the_total_batch_size():
+def test_the_learning_rate_can_be_scaled_by_the_total_batch_size(tiny_model, shared_photos):
     sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-4}
-    rates = [trainer.make_schedule(parsed(**sizes, scale_lr=scale), 30, 2).learning_rate for scale in (False, True)]
+    rates = []
+    for scale in (False, True):
+        run = make_run(tiny_model, **sizes, scale_lr=scale)
+        run.accelerator.num_processes = 2
+        rates.append(trainer.TrainingPlan(make_examples(run, shared_photos), run).learning_rate)
     assert rates == pytest.approx([1e-4, 12e-4])
 
 
@@ -199,30 +219,16 @@ def two_cosines(step, total=10, warmup=2):
         ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, two_cosines),
     ],
 )
-def test_the_learning_rate_follows_its_schedule_from_any_step(flags, rate):
+def test_the_learning_rate_follows_its_schedule(flags, rate):
     args = parsed(**flags, lr_warmup_steps=2)
-    for first in (0, 4):
-        optimizer = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0)
-        optimizer.param_groups[0]["initial_lr"] = 1.0  # as from a checkpoint
-        scheduler = trainer.build_lr_scheduler(optimizer, args, 10, first)
-        rates = []
-        for _ in range(first, 10):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert rates == pytest.approx([rate(step) for step in range(first, 10)], abs=1e-6)
-
-
-def test_a_resumed_run_has_the_learning_rate_of_its_own_command_line(tiny_model, tmp_path):
-    run = make_run(tiny_model)
-    run.args.output_dir = str(tmp_path)
-    transformer, parameters = prepare(run)
-    gradients(transformer, parameters, make_batch(run, (64, 64), tokens=5), run)
-    optimizer = trainer.build_optimizer(parameters, run.args, 1e-3)
-    trainer.save_checkpoint(1, transformer, optimizer, {}, run.args)
-    checkpoint = trainer.read_checkpoint(tmp_path / "checkpoint-1")
-    assert trainer.load_checkpoint(checkpoint, transformer, optimizer, 2e-5) == 1
-    assert [optimizer.param_groups[0][name] for name in ("lr", "initial_lr")] == [2e-5, 2e-5]
+    optimizer = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0)
+    scheduler = trainer.build_lr_scheduler(optimizer, args, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([rate(step) for step in range(10)], abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,23 +243,24 @@ def settings(tiny_model, shared_photos):
     def settings(number_of_class_images=0, **flags):
         run = make_run(tiny_model)
         run.accelerator.mixed_precision = "no"
-        for name, value in flags.items():
-            setattr(run.args, name, value)
-        dataset = make_dataset(run, shared_photos)
-        schedule = trainer.make_schedule(run.args, len(dataset.examples["instance"]), 1)
-        return json.loads(
-            json.dumps(
-                trainer.fingerprint(dataset.examples, dataset.buckets, number_of_class_images, {}, schedule, run)
-            )
-        )
+        examples = make_examples(run, shared_photos)
+        if "repeats" in flags:
+            examples["instance"] = [dataclasses.replace(e, repeats=flags["repeats"]) for e in examples["instance"]]
+        vars(run.args).update(flags)
+        plan = trainer.TrainingPlan(examples, run)
+        return json.loads(json.dumps(trainer.make_fingerprint(examples, number_of_class_images, plan, run)))
 
     return settings
+
+
+def checkpoint_of(fingerprint):
+    return trainer.Checkpoint(Path("checkpoint-1"), step=1, seed=0, fingerprint=fingerprint)
 
 
 @pytest.mark.parametrize("name", trainer.MATHEMATICS)
 def test_every_flag_that_decides_the_mathematics_is_in_the_fingerprint(name, settings):
     before, after = settings(), settings(**{name: "else" if name != "repeats" else 3})
-    checkpoint = trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": before})
+    checkpoint = checkpoint_of(before)
     trainer.check_fingerprint(checkpoint, before)
     if name in trainer.MAY_CHANGE:
         trainer.check_fingerprint(checkpoint, after)
@@ -277,12 +284,12 @@ def test_class_images_and_quantization_are_in_the_fingerprint(settings, tmp_path
     moved.write_text(json.dumps(config), encoding="utf-8")
     edited.write_text(json.dumps(config | {"bnb_4bit_quant_type": "fp4"}), encoding="utf-8")
     before = settings(bnb_quantization_config_path=str(ROOT / "configs" / "nf4.json"))
-    checkpoint = trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": before})
+    checkpoint = checkpoint_of(before)
     trainer.check_fingerprint(checkpoint, settings(bnb_quantization_config_path=str(moved)))
     with pytest.raises(trainer.UserError, match="bnb_quantization_config_path was "):
         trainer.check_fingerprint(checkpoint, settings(bnb_quantization_config_path=str(edited)))
     with pytest.raises(trainer.UserError, match="number of class images was 0, is 3"):
-        trainer.check_fingerprint(trainer.Checkpoint(Path("checkpoint-1"), {"fingerprint": settings()}), settings(3))
+        trainer.check_fingerprint(checkpoint_of(settings()), settings(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

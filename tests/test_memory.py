@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -37,6 +38,11 @@ def libraries(monkeypatch):
     return taken.rss
 
 
+def pictures_of(bucket):
+    """One picture to train on, of that size."""
+    return {"instance": [trainer.Example("instance", "a dog", Path("dog.png"), "a dog", bucket, bucket, 1)]}
+
+
 def allocated_peak(function):
     """The most bytes that a call has allocated at once, on top of what there was."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -64,16 +70,18 @@ def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointin
     state = [tensor for values in optimizer.state.values() for tensor in values.values()]
     kept = sum(tensor.nbytes for tensor in itertools.chain(transformer.parameters(), state))
 
-    targets = trainer.resolve_lora_layers(run.args.lora_layers, run.model.transformer_config)
-    expected = trainer.expected_memory({"instance": [(128, 128)]}, targets, run)["training"]
+    expected = trainer.expected_memory(pictures_of((128, 128)), run)["training"]
     assert expected * 2**30 - libraries == pytest.approx(kept + peak, rel=0.1)
 
 
+SMALLEST = {"cache_latents": True, "lora_layers": "layers.0.attention.to_q", "rank": 1}
+
+
 def test_float8_weights_take_the_memory_that_the_plan_expects(narrow_model, libraries):
-    run = make_run(narrow_model, "bf16", do_fp8_training=True, gradient_checkpointing=True, cache_latents=True)
+    run = make_run(narrow_model, "bf16", do_fp8_training=True, gradient_checkpointing=True, **SMALLEST)
     weights = sum(parameter.nbytes for parameter in trainer.load_transformer(run).parameters())
     # The smallest LoRA takes next to nothing, and activations of 65 tokens are as the test above found.
-    expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
+    expected = trainer.expected_memory(pictures_of((16, 16)), run)
     activations = 65 * 256 * (63 + 2 * 4 + 20)
     assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
 
@@ -83,14 +91,14 @@ def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeyp
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: device_map)
     nf4 = ROOT / "configs" / "nf4.json"
-    run = make_run(narrow_model, "bf16", bnb_quantization_config_path=nf4, gradient_checkpointing=True)
-    run.args.cache_latents = True
+    run = make_run(narrow_model, "bf16", bnb_quantization_config_path=nf4, gradient_checkpointing=True, **SMALLEST)
+
     transformer = trainer.load_transformer(run)
     weights = sum(parameter.nbytes for parameter in transformer.parameters())
     for parameter in transformer.parameters():
         if state := getattr(parameter, "quant_state", None):
             weights += state.absmax.nbytes + state.state2.absmax.nbytes
-    expected = trainer.expected_memory({"instance": [(16, 16)]}, {"to_q": {"layers.0.attention.to_q": 1}}, run)
+    expected = trainer.expected_memory(pictures_of((16, 16)), run)
     activations = 65 * 256 * (63 + 2 * 4 + 20)
     assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
 
@@ -118,7 +126,7 @@ def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, 
         embeds.append(trainer.encode_prompts(["a photo of sks dog"], run)["a photo of sks dog"])
         weights.append(most[0])
     assert torch.equal(*embeds)
-    sizes = trainer.count_parameters(run.model)
+    sizes = trainer.count_parameters(run.pipeline)
     assert weights[0] == sizes["text encoder"]
     assert 0 < weights[1] <= sizes["text layer"] < sizes["text encoder"] / 2
 
@@ -126,7 +134,7 @@ def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, 
 @pytest.mark.parametrize(
     ("flag", "recomputed"), [(False, []), (True, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0.5, [1, 3]), (0.25, [3])]
 )
-def test_the_flag_has_a_share_of_the_blocks_recomputed(flag, recomputed, tiny_model):
+def test_the_flag_has_a_fraction_of_the_blocks_recomputed(flag, recomputed, tiny_model):
     run = make_run(tiny_model, gradient_checkpointing=flag)
     transformer, parameters = prepare(run)
     blocks, passes = trainer.transformer_blocks(transformer), Counter()
@@ -140,7 +148,7 @@ def test_the_flag_has_a_share_of_the_blocks_recomputed(flag, recomputed, tiny_mo
 def test_inputs_of_recomputed_blocks_can_wait_on_the_host(reentrant, tiny_model, monkeypatch):
     """With the gradients of blocks that keep everything; what waits is what each starts from, not what is inside."""
     run = make_run(tiny_model)
-    batch, width = make_batch(run, (64, 64), tokens=5), run.model.transformer_config["dim"]
+    batch, width = make_batch(run, (64, 64), tokens=5), run.pipeline.transformer_config["dim"]
     save_on_cpu, waiting, results = torch.autograd.graph.save_on_cpu, [], []
 
     def recorded(**options):
@@ -170,7 +178,7 @@ def test_the_vae_takes_pictures_one_at_a_time(tiny_model):
         setattr(vae, name, lambda x, whole=whole, **options: batches.append(len(x)) or whole(x, **options))
     pixels = torch.rand(3, 3, 64, 48) * 2 - 1
     latents = trainer.encode_images(vae, pixels, run)
-    assert latents.shape == (3, *run.model.latent_shape((64, 48)))
+    assert latents.shape == (3, *run.pipeline.latent_shape((64, 48)))
     assert trainer.decode_latents(vae, latents, run).shape == pixels.shape
     assert batches == [1] * 6
 
@@ -185,9 +193,8 @@ def sharded_run(model, **flags):
 
 def test_the_plan_counts_what_a_sharded_process_has(narrow_model):
     whole, shared = make_run(narrow_model, gradient_checkpointing=True), sharded_run(narrow_model)
-    targets = trainer.resolve_lora_layers("to_q", whole.model.transformer_config)
-    plans = [trainer.expected_memory({"instance": [(64, 64)]}, targets, run)["training"] for run in (whole, shared)]
-    weights = 4 * trainer.count_parameters(whole.model)["transformer"]
+    plans = [trainer.expected_memory(pictures_of((64, 64)), run)["training"] for run in (whole, shared)]
+    weights = 4 * trainer.count_parameters(whole.pipeline)["transformer"]
     assert (plans[0] - plans[1]) * 2**30 == pytest.approx(weights * 3 / 4)
 
 
@@ -195,7 +202,6 @@ def test_the_plan_counts_pictures_that_are_drawn(narrow_model):
     stages = []
     for flags in ({}, {"validation_prompt": "a dog"}, {"final_validation_prompt": "a dog"}):
         run = make_run(narrow_model, **{"skip_final_inference": False, **flags})
-        targets = trainer.resolve_lora_layers("to_q", run.model.transformer_config)
-        stages.append(trainer.expected_memory({"instance": [(64, 64)]}, targets, run))
+        stages.append(trainer.expected_memory(pictures_of((64, 64)), run))
     assert ["pictures" in plan for plan in stages] == [False, True, True]
     assert stages[1]["pictures"] > stages[1]["VAE"]

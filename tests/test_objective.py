@@ -1,6 +1,5 @@
 """The objective is that of rectified flow, in the conventions of `ZImagePipeline`: sign, time, shift and scale."""
 
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
+from test_compile import make_run
 
 
 SCHEMES = ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
@@ -34,11 +34,8 @@ def pipeline(tiny_model):
 
 
 @pytest.fixture
-def run():
-    """What `training_loss` needs to know of a run: the CPU, float32, nothing offloaded."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    args = SimpleNamespace(offload=False)
-    return SimpleNamespace(accelerator=accelerator, args=args, weight_dtype=torch.float32)
+def run(tiny_model):
+    return make_run(tiny_model)
 
 
 @pytest.fixture
@@ -85,10 +82,9 @@ def test_loss_is_zero_on_the_exact_velocity_field(pipeline, scheduler, pixels, r
     latents = trainer.encode_images(pipeline.vae, pixels, run)
     sigmas = trainer.training_sigmas(scheduler)[::10]
     number = len(sigmas)
-    batch = {"pixels": pixels} if source == "pixels" else {"latents": latents}
-    batch = {name: tensor.expand(number, -1, -1, -1) for name, tensor in batch.items()}
-    batch["noise"] = torch.randn(number, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    batch |= {"sigmas": sigmas, "weights": torch.ones(number), "prompt_embeds": [torch.zeros(1, 32)] * number}
+    noise = torch.randn(number, *latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    picture = {source: (pixels if source == "pixels" else latents).expand(number, -1, -1, -1)}
+    batch = trainer.MicroBatch(noise, sigmas, torch.ones(number), [torch.zeros(1, 32)] * number, **picture)
     loss = trainer.training_loss(exact_field(latents[0]), pipeline.vae, batch, "none", run)
     assert loss.item() / number < 1e-7
     loss_of_another = trainer.training_loss(exact_field(latents[0] + 0.1), pipeline.vae, batch, "none", run)
@@ -180,7 +176,7 @@ def draws(scheme, number=4000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29):
     args = SimpleNamespace(weighting_scheme=scheme, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale)
     even = torch.arange(1, 1001) / 1000
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([trainer.sample_sigmas(even, args, generator) for _ in range(number)]).double().numpy()
+    return torch.stack([trainer.sample_sigma(even, args, generator) for _ in range(number)]).double().numpy()
 
 
 def normal_quantile(q):

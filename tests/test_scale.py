@@ -74,7 +74,7 @@ def test_ten_thousand_lines_of_metadata_are_read_in_a_moment(many_pictures):
     metadata.write_text("\n".join(lines), encoding="utf-8")
     started = time.process_time()
     try:
-        examples = trainer.load_examples(many_pictures, "--instance_data_dir", "none")
+        examples = trainer.load_all_examples(trainer.parse_args(train_args("model", many_pictures, "out")))["instance"]
     finally:
         metadata.unlink()
     assert [example.caption for example in examples] == [f"picture {index}" for index in range(MANY)]

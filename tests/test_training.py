@@ -707,8 +707,8 @@ def test_the_loss_is_logged_as_it_is_and_shown_smoothed(caplog):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), is_main_process=True, log=lambda metrics, step: logged.append(metrics["loss"])
     )
-    schedule = trainer.Schedule(4, 1, 4, 4, 1e-4)
-    progress = trainer.Progress(schedule, 0, accelerator)
+    plan = SimpleNamespace(max_train_steps=4, updates_per_epoch=4)
+    progress = trainer.Progress(plan, 0, accelerator)
     losses = [1.0, 1.0, 5.0, math.inf]
     with caplog.at_level("INFO", logger=trainer.logger.name):
         for step, loss in enumerate(losses, 1):

@@ -427,12 +427,13 @@ def test_at_step_0_the_held_out_loss_is_the_base_models_and_then_it_moves_alone(
 
 def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_sampling(validated):
     """Over seeds: the loss less the base model's, on the same noise at even levels; and two means of free samples."""
-    transformer, dataset = validated.validation.transformer, validated.validation.dataset
+    transformer, data = validated.validation.transformer, validated.validation.data
+    examples = data.plan.examples["held-out"]
 
     def gain(run):
-        loss = trainer.held_out_loss(transformer, dataset, run)[""]
+        loss = trainer.held_out_loss(transformer, data, run)[""]
         transformer.disable_adapters()
-        base = trainer.held_out_loss(transformer, dataset, run)[""]
+        base = trainer.held_out_loss(transformer, data, run)[""]
         transformer.enable_adapters()
         return loss - base
 
@@ -440,14 +441,14 @@ def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_s
         generator, losses = trainer.seeded_generator("plain", run.seed), []
         for _ in range(2 * trainer.HELD_OUT_LEVELS):
             picture, level = (torch.randint(number, (), generator=generator).item() for number in (2, 1000))
-            latents = dataset.latents["held-out", picture, False]
-            batch = {
-                "latents": latents[None],
-                "noise": torch.randn(latents[None].shape, generator=generator),
-                "sigmas": dataset.sigmas[level][None],
-                "weights": torch.ones(1),
-                "prompt_embeds": [dataset.prompt_embeds[dataset.examples["held-out"][picture].caption]],
-            }
+            latents = data.latents[examples[picture], False]
+            batch = trainer.MicroBatch(
+                latents=latents[None],
+                noise=torch.randn(latents[None].shape, generator=generator),
+                sigmas=data.sigmas[level][None],
+                weights=torch.ones(1),
+                prompt_embeds=[data.plan.prompt_embeds[examples[picture].caption]],
+            )
             losses.append(trainer.training_loss(transformer, None, batch, "none", run).item())
         return statistics.fmean(losses)
 

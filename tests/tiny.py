@@ -1,35 +1,32 @@
-"""What the tests share: a tiny random Z-Image pipeline, a few photographs, and ways to run the trainer.
+"""What the tests train with: a tiny random Z-Image pipeline, a few photographs, flags, and what a run leaves.
 
     build_tiny_pipeline(folder)                     a complete pipeline folder of the real classes, made offline
     build_photos(folder)                            six photographs of different shapes
     train_args(model, data, out, rank=8)            the flags of a quick training run, as a list
-    launch(*train_args(...))                        through `accelerate launch`, as a user types it
-    run_script(*train_args(...))                    the script alone, for its own exit status
-    launch_distributed(2, *train_args(...))         several CPU processes
     lora_tensors(out), lora_metadata(out)           what the saved LoRA file holds
 
-`accelerate launch` answers every failure of the script with a traceback of its own and exit status 1: use `run_script`
-to look at exit status 2 and its one line. Tests of single functions import the script as a module
-(`import train_dreambooth_lora_z_image as trainer`) and need no process; `trainer.main(trainer.parse_args(argv))` works
-there too, but accelerate keeps its state for the life of the process.
+The ways to run the script are in running.py. Tests of single functions import it as a module
+(`import train_dreambooth_lora_z_image as trainer`) and need no process.
 """
 
 import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from running import (  # noqa: F401 (tests take them from here)
+    LAUNCHER_FLAGS,
+    ROOT,
+    SCRIPT,
+    Finished,
+    launch,
+    launch_distributed,
+    run,
+    run_script,
+    training_environment,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_dreambooth_lora_z_image.py"
-LAUNCHER_FLAGS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--cpu")
 
 # Like Qwen3's template for plain conversations: an empty thought is written out when thinking is switched off.
 CHAT_TEMPLATE = (
@@ -177,91 +174,6 @@ def train_args(model, data, out, **overrides):
         for name, value in flags.items()
         if value is not None and value is not False
     ]
-
-
-@dataclass
-class Finished:
-    """A process that has ended, with its output as text."""
-
-    command: list[str]
-    returncode: int
-    stdout: str
-    stderr: str
-
-    @property
-    def output(self):
-        return self.stdout + self.stderr
-
-    def __str__(self):
-        parts = [f"exit status {self.returncode}: {shlex.join(self.command)}"]
-        for name, text in (("stdout", self.stdout), ("stderr", self.stderr)):
-            lines = text.splitlines()
-            shown = lines[-60:]
-            parts.append(f"--- {name}, last {len(shown)} of {len(lines)} lines ---")
-            parts.extend(shown)
-        return "\n".join(parts)
-
-
-def training_environment(env=None):
-    """The environment of a training process in the tests: offline, one thread, no trace of an outer launcher."""
-    launcher_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in launcher_variables and not name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    environment.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
-    environment.update(env or {})
-    return environment
-
-
-def run(command, env=None, cwd=ROOT, timeout=300, check=True):
-    """Runs a command in a process group of its own, which is killed when `timeout` seconds are over."""
-    command = [str(part) for part in command]
-    process = subprocess.Popen(
-        command,
-        env=training_environment(env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-        finished = Finished(command, process.returncode, stdout, stderr)
-        raise AssertionError(f"killed after {timeout} seconds, {finished}") from None
-    finished = Finished(command, process.returncode, stdout, stderr)
-    assert not check or finished.returncode == 0, str(finished)
-    return finished
-
-
-def launch(*args, launcher_flags=LAUNCHER_FLAGS, env=None, cwd=ROOT, timeout=300, check=True):
-    """Runs the trainer through `accelerate launch`, by default as one CPU process, whatever the machine's own config.
-
-    For a config file: `launcher_flags=["--config_file", "configs/cpu.yaml"]`. For several processes there is
-    `launch_distributed`: `accelerate launch --cpu` starts one, whatever `--num_processes` says.
-    """
-    accelerate = Path(sys.executable).with_name("accelerate")
-    return run([accelerate, "launch", *launcher_flags, SCRIPT, *args], env, cwd, timeout, check)
-
-
-def run_script(*args, env=None, cwd=ROOT, timeout=300, check=True):
-    """Runs the trainer without a launcher on the CPU, so that its exit status and its messages are its own."""
-    return run([sys.executable, SCRIPT, *args], {"ACCELERATE_USE_CPU": "1", **(env or {})}, cwd, timeout, check)
-
-
-def launch_distributed(num_processes, *args, script=SCRIPT, env=None, cwd=ROOT, timeout=300, check=True):
-    """Runs the trainer as `num_processes` CPU processes that speak gloo, through torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    return run([*torchrun, script, *args], {"ACCELERATE_USE_CPU": "1", **(env or {})}, cwd, timeout, check)
 
 
 def lora_file(path):
