@@ -88,6 +88,17 @@ def test_same_weights_tells_a_script_that_trains_something_else(tmp_path):
         assert f"| plain                 | {result}" in finished.stdout
 
 
+@pytest.mark.slow
+def test_reading_measures_what_two_trainers_wait_and_what_an_update_takes(tmp_path):
+    flags = ["--photographs=4", "--megapixels=0.5", "--resolution=64", "--threads=2", "--rounds=1", "--steps=4"]
+    flags += ["--sleep=0.05", "--updates=4", f"--script={SCRIPT}"]
+    content, _ = benchmark("reading.py", *flags, output=tmp_path / "figures.json")
+    waits, updates = content["results"][2:], content["results"][:2]
+    assert [row["what"] for row in content["results"]] == ["update of the tiny model"] * 2 + ["waiting, 2"] * 2
+    assert {row["script"] for row in waits} == {row["script"] for row in updates} and len(updates) == 2
+    assert all(0 <= row["low"] <= row["s"] <= row["high"] for row in content["results"])
+
+
 @pytest.fixture
 def small_builder(monkeypatch):
     """`full_size.build`, and shards so small that a tiny model has several."""
