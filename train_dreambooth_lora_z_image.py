@@ -27,6 +27,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -50,13 +51,15 @@ import shlex
 import shutil
 import signal
 import statistics
+import struct
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
 
@@ -121,9 +124,16 @@ STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest 
 MANIFEST = "manifest.json"
 CHECKPOINT = (MANIFEST, STATE_FILE, LORA_FILE)
 RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures; the first there is holds them
+CAPTION_FIELDS = ("text", "caption", "prompt", "description")  # of their rows; the first that is filled in
+CAPTION_SUFFIXES = (".txt", ".caption")
+MASK_ENDING = "-masklabel.png"
+PICTURE_FLAGS = {"instance": "instance_data_dir", "class": "class_data_dir", "held-out": "validation_data_dir"}
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: Image.Transpose that makes it upright}
+FOREIGN_FORMATS = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF", "PALM"}  # Pillow alone cannot decode them
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
+CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded faster
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
@@ -209,6 +219,50 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8: save it in that encoding") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_rows(path: Path) -> list[tuple[str, Any]]:
+    """[(where it stands, row)] of a JSON Lines file, or of a CSV file with a header. Raises UserError."""
+    text, rows = read_text(path), []
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        with user_errors(f"{path} is not CSV", csv.Error):
+            return [(f"{path}, line {table.line_num}", row) for row in table]
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with user_errors(f"{path}, line {number} is not JSON", ValueError, RecursionError):
+                rows.append((f"{path}, line {number}", json.loads(line)))
+    return rows
+
+
+def clean_caption(caption: Any, where: str) -> str:
+    """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
+    caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+    if caption is None:
+        return ""
+    if not isinstance(caption, str) or not is_unicode(caption):
+        raise UserError(f"{where}: the caption {caption!r} is not a text, or holds half a character: correct it")
+    return caption.strip()
+
+
+def comparable(name: str) -> str:
+    """A file's name as names are compared: in NFC, as a Mac's é is two characters, and its suffixes in lower case."""
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    return (comparable(stem) if suffix.lower() in CAPTION_SUFFIXES else stem) + suffix.lower()
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What is in a folder, hidden files left out, by name; nothing where it is no folder. Raises UserError."""
+    if not os.path.isdir(folder):  # unlike Path's, no error for a name that is too long
+        return []
+    with user_errors(f"{folder} cannot be read: check its permissions", OSError):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, as a message lists them, and how many more there are."""
+    names = [name if name.isprintable() else repr(name) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -497,13 +551,15 @@ def build_parser() -> OneLineErrorParser:
 
     add = parser.add_argument_group("Data").add_argument
     add("--instance_data_dir", metavar="DIR",
-        help="Folder of pictures. photo.txt beside photo.jpg, or metadata.jsonl, gives captions.")
+        help="Folder of pictures, with captions in photo.txt, metadata.jsonl or metadata.csv.")
     add("--dataset_name", metavar="NAME", help="Instead of a folder: a data set on the Hub or on disk.")
     add("--dataset_config_name", metavar="NAME", help="Configuration of that data set.")
     add("--image_column", default="image", metavar="NAME", help="Its column of pictures. Default: image.")
-    add("--caption_column", metavar="NAME", help="Its column of captions, or the field of metadata.jsonl.")
-    add("--instance_prompt", required=True, metavar="PROMPT",
+    add("--caption_column", metavar="NAME", help="Its column of captions, or the field of metadata.jsonl or .csv.")
+    add("--instance_prompt", metavar="PROMPT",
         help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
+    add("--caption_prefix", metavar="TEXT",
+        help="Put before every caption of an instance picture that does not begin with it: a trigger word.")
     add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
     add("--resolution", type=resolutions, default=(1024,), metavar="PIXELS",
         help="Side of the training pictures, or several: 512,768,1024 trains each picture at each. Default: 1024.")
@@ -645,6 +701,25 @@ def parse_buckets(text: str) -> list[Size]:
     return buckets
 
 
+@functools.cache
+def bucket_ladder(resolution: int) -> list[Size]:
+    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
+    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+
+
+@functools.cache
+def smallest_area(resolution: int) -> int:
+    """Pixels of the smallest of those buckets."""
+    return min(math.prod(bucket) for bucket in bucket_ladder(resolution))
+
+
+def list_buckets(args: argparse.Namespace) -> list[Size] | None:
+    """The smallest buckets to choose from, or None where each picture finds its own size."""
+    if args.aspect_ratio_buckets:
+        return parse_buckets(args.aspect_ratio_buckets)
+    return None if args.use_aspect_ratio_buckets else [(round_size(min(args.resolution)),) * 2]
+
+
 def hub_repository(args: argparse.Namespace) -> str:
     """The repository's name on the Hub, with or without its owner."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
@@ -677,6 +752,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     prompts = {
         "instance_prompt": args.instance_prompt,
+        "caption_prefix": args.caption_prefix,
         "class_prompt": args.class_prompt,
         "final_validation_prompt": args.final_validation_prompt,
         "validation_prompt": "".join(args.validation_prompt or []),
@@ -747,14 +823,18 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Source = Path | Callable[[], bytes]  # a picture's file, or a function that returns its bytes
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A picture to train on, or to measure the loss on."""
 
     kind: str  # "instance", "class" or "held-out"
     name: str  # what messages call it
-    source: Path | Callable[[], bytes]  # its file, or a function that returns its bytes
+    source: Source
     caption: str
+    origin: Path | str  # of the caption: a file, or a flag
     size: Size  # of the upright picture
     bucket: Size  # of the picture as it is trained
     repeats: int  # how often it counts in an epoch
@@ -763,115 +843,119 @@ class Example:
 Examples = dict[str, list[Example]]  # by kind
 
 
-def list_pictures(folder: Path, flag: str) -> list[Path]:
-    """The pictures directly in `folder`, hidden files left out. Raises UserError if it is no folder."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{flag} {str(folder)[:500]} is not a folder: check the path")
-    try:
-        files = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
-    except PermissionError:
-        raise UserError(f"{flag} {folder} cannot be read: check its permissions") from None
-    pictures = sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
-    other = [p.name for p in files if p.suffix.lower() in {".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng"}]
-    if other:
-        logger.warning(f"{folder}: left out, convert to JPEG or PNG to use: {', '.join(map(repr, sorted(other)[:5]))}")
-    return pictures
+def read_metadata(folder: Path, column: str | None) -> dict[str, tuple[str, Path | str]]:
+    """{file name in the folder: (its caption or '', the file that says so)} by the folder's METADATA file, if any.
+
+    The caption is the row's `column`, or else the first of CAPTION_FIELDS that it has. Raises UserError.
+    """
+    path = next((folder / name for name in METADATA if os.path.isfile(folder / name)), None)
+    rows, captions = read_rows(path) if path else [], {}
+    there = {field for _, row in rows if isinstance(row, dict) for field in row} - {"file_name", None}
+    if path and column and column not in there:
+        raise UserError(f"--caption_column {column}: {path} has only {', '.join(sorted(there)) or 'no fields'}")
+    fields = [column] if column else CAPTION_FIELDS
+    for where, row in rows:
+        if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
+            raise UserError(f'{where} has no "file_name": correct it')
+        if None in row:  # cells beyond the header's
+            raise UserError(f"{where} has more cells than columns: put quotes around a text that holds commas")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{where}: {name!r} points outside the folder")
+        texts = (clean_caption(row.get(field), f"{where}, {name!r}") for field in fields)
+        captions[name] = next(filter(None, texts), ""), path
+    return captions
 
 
-def clean_caption(caption: Any, where: str) -> str:
-    """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
-    if isinstance(caption, (list, tuple)) and caption:
-        caption = caption[0]
-    if caption is None:
-        return ""
-    if not isinstance(caption, str):
-        raise UserError(f"{where}: the caption {caption!r} is not a text")
-    if not is_unicode(caption):
-        raise UserError(f"{where}: the caption {caption!r} holds half a character: correct it")
-    return caption.strip()
+@functools.cache
+def picture_formats() -> dict[str, str]:
+    """{suffix: format} of the pictures that Pillow decodes by itself."""
+    return {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS}
 
 
-def read_metadata(folder: Path, caption_column: str | None) -> dict[str, str]:
-    """{file name relative to `folder`: caption} from its `metadata.jsonl`, if it has one. Raises UserError."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        if caption_column:
-            raise UserError(f"--caption_column needs {path}, which does not exist: make it, or leave the flag out")
-        return {}
-    rows = {}
-    for line_number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name = Path(row["file_name"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f'{path}, line {line_number}: not a JSON object with "file_name": correct it') from None
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path}, line {line_number}: {row['file_name']!r} points outside the folder")
-        rows[name.as_posix()] = row
-    fields = {field for row in rows.values() for field in row} - {"file_name"}
-    if caption_column and caption_column not in fields:
-        raise UserError(
-            f"--caption_column {caption_column}: {path} has only {', '.join(sorted(fields)) or 'no fields'}"
-        )
-    column = caption_column or next((name for name in ("text", "caption", "prompt") if name in fields), None)
-    return {name: clean_caption(row.get(column), f"{path}, {name!r}") for name, row in rows.items()}
+def is_picture(path: Path) -> bool:
+    """Whether a file is by its name a picture to train on."""
+    name = comparable(path.name)
+    return os.path.splitext(name)[1] in picture_formats() and not name.endswith(MASK_ENDING) and os.path.isfile(path)
 
 
-@contextlib.contextmanager
-def picture_errors(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises about a bad picture into a UserError that names it."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError) as error:
-        reason = "too large" if isinstance(error, (Image.DecompressionBombError, MemoryError)) else first_line(error)
-        raise UserError(f"{name} cannot be read as a picture ({reason}): replace or remove it") from None
-
-
-def read_bytes(source: Path | Callable[[], bytes]) -> bytes:
+def read_bytes(source: Source) -> bytes:
     """The encoded picture of an example."""
     return source.read_bytes() if isinstance(source, Path) else source()
 
 
-def open_picture(source: Path | Callable[[], bytes]) -> Image.Image:
-    """An open Pillow picture, not yet decoded."""
-    return Image.open(source if isinstance(source, Path) else io.BytesIO(source()))
+@contextlib.contextmanager
+def open_picture(name: str, source: Source) -> Iterator[Image.Image]:
+    """An open Pillow picture, not yet decoded; whatever is raised about it becomes a UserError that names it."""
+    formats = {*picture_formats().values()} - {"MPO"}  # which is read as a JPEG; no other program sees the bytes
+    with user_errors(f"{name} cannot be read as a picture, replace or remove it"):
+        image = Image.open(source if isinstance(source, Path) else io.BytesIO(source()), formats=sorted(formats))
+        with image:
+            yield image
 
 
-def picture_size(name: str, source: Path | Callable[[], bytes]) -> Size:
+def find_orientation(image: Image.Image) -> int:
+    """How an open picture is stored, from 1 (upright) to 8 as EXIF counts; 1 where Pillow turns it by itself.
+
+    EXIF blocks are often broken. Pillow's reader ends at the first entry that is, so that the one that matters is
+    looked for again here, and its `exif_transpose` raises where it cannot write the block anew.
+    """
+    found = [1] if image.format == "TIFF" and 0x0112 in image.tag_v2 else []
+    with contextlib.suppress(Exception):  # a block that cannot be read says nothing
+        found.append(image.getexif().get(0x0112))
+    with contextlib.suppress(Exception):
+        block = image.info["exif"].split(b"Exif\0\0")[-1]
+        order = {b"II": "<", b"MM": ">"}[block[:2]]
+        (start,) = struct.unpack_from(f"{order}4xI", block)
+        entries = block[start + 2 :][: 12 * struct.unpack_from(f"{order}H", block, start)[0]]
+        for tag, _, _, first, second in struct.iter_unpack(f"{order}HHIHH", entries[: len(entries) // 12 * 12]):
+            found += [first or second] if tag == 0x0112 else []
+    return next((int(number) for number in found if number in range(1, 9)), 1)
+
+
+def picture_size(name: str, source: Source) -> Size:
     """(height, width) of the upright picture, from its header alone. Raises UserError."""
-    with picture_errors(name), open_picture(source) as image:
-        width, height = image.size
-        turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations on their side
-        turned = turned and image.format != "TIFF"  # whose size Pillow gives upright
-    return (width, height) if turned else (height, width)
+    with open_picture(name, source) as image:
+        return image.size if find_orientation(image) >= 5 else image.size[::-1]
 
 
-def shrink(image: Image.Image) -> Image.Image:
-    """A picture of at most MAX_SIDE² pixels, by skipping pixels in whole numbers, so that conversions cost little."""
-    step = math.ceil(math.sqrt(image.width * image.height) / MAX_SIDE)
-    small = image.resize((math.ceil(image.width / step), math.ceil(image.height / step)), Image.Resampling.NEAREST)
-    small.info = image.info
-    return small
+def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, Any]) -> Image.Image:
+    """A grey picture of 16 or 32 bits a pixel, or of floating point, in 8 bits. `tags` are those of a TIFF.
+
+    Black is 0, white the smallest usual white that no pixel exceeds; with negative values, the minimum and maximum.
+    """
+    numbers = image if image.mode == "F" else image.convert("I")
+    values = torch.frombuffer(bytearray(numbers.tobytes()), dtype=torch.float32 if image.mode == "F" else torch.int32)
+    if image.mode == "I" and file_format == "TIFF" and tags.get(339, (1,)) == (1,):  # 32 bits without a sign
+        values = values.long() % 2**32
+    finite = values[values.isfinite()]
+    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0, 0)
+    known = image.mode.startswith("I;16") or file_format in ("PNG", "PPM")
+    whites = [65535] if known else [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
+    white = high if low < 0 else next((white for white in whites if high <= white), high)
+    black = min(low, 0)
+    values = values.float().sub_(black).mul_(255 / ((white - black) or 1)).nan_to_num_(0).clamp_(0, 255).round_()
+    grey = Image.frombytes("L", image.size, values.to(torch.uint8).numpy().tobytes())
+    return ImageOps.invert(grey) if tags.get(262) == 0 else grey
 
 
-def decode_image(name: str, source: Path | Callable[[], bytes]) -> Image.Image:
-    """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent."""
-    with picture_errors(name), open_picture(source) as image:
-        profile = image.info.get("icc_profile")
-        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG is decoded smaller at once
-        if image.width * image.height > MAX_SIDE**2:
-            image = shrink(image)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        elif image.mode == "F":
-            image = image.point(lambda value: value * 255 if image.getextrema()[1] <= 1 else value).convert("L")
+def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image:
+    """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent.
+
+    One of more than `side`² pixels is made smaller first, so that converting it costs little. Raises UserError.
+    """
+    with open_picture(name, source) as image:
+        turn, profile = TURNS.get(find_orientation(image)), image.info.get("icc_profile")
+        file_format, tags = image.format, dict(image.tag_v2) if image.format == "TIFF" else {}
+        image.draft("RGB", (side, side))  # a JPEG is decoded smaller at once
+        if (step := math.ceil(math.sqrt(image.width * image.height) / side)) > 1:
+            image = image.resize([math.ceil(length / step) for length in image.size], Image.Resampling.NEAREST)
+        image = image if turn is None else image.transpose(turn)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = scale_wide_numbers(image, file_format, tags)
         if image.mode == "P" or image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
-            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
+            with contextlib.suppress(Exception):  # a broken profile is as good as none
                 image = ImageCms.profileToProfile(
                     image,
                     ImageCms.ImageCmsProfile(io.BytesIO(profile)),
@@ -902,25 +986,6 @@ def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip:
     return pixels
 
 
-@functools.cache
-def bucket_ladder(resolution: int) -> list[Size]:
-    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
-    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
-
-
-@functools.cache
-def smallest_area(resolution: int) -> int:
-    """Pixels of the smallest of those buckets."""
-    return min(math.prod(bucket) for bucket in bucket_ladder(resolution))
-
-
-def list_buckets(args: argparse.Namespace) -> list[Size] | None:
-    """The smallest buckets to choose from, or None where each picture finds its own size."""
-    if args.aspect_ratio_buckets:
-        return parse_buckets(args.aspect_ratio_buckets)
-    return None if args.use_aspect_ratio_buckets else [(round_size(min(args.resolution)),) * 2]
-
-
 def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
     """The training size of a picture of `size`.
 
@@ -945,97 +1010,116 @@ def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Si
 
 
 def make_example(
-    kind: str, name: str, source: Path | Callable[[], bytes], caption: str, args: argparse.Namespace
+    kind: str, name: str, source: Source, caption: str, origin: Path | str, repeats: int, args: argparse.Namespace
 ) -> Example:
-    """The example of a picture, from its header alone. Raises UserError."""
+    """The example of a picture, from its header alone, captioned by the prompt if not itself. Raises UserError."""
+    if not caption:
+        flag = "class_prompt" if kind == "class" else "instance_prompt"
+        caption, origin = getattr(args, flag) or "", f"--{flag}"
+    prefix = args.caption_prefix or ""
+    if kind != "class" and not caption.startswith(prefix.strip()):
+        caption = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + caption
     size = picture_size(name, source)
     bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
-    return Example(kind, name, source, caption, size, bucket, args.repeats if kind == "instance" else 1)
+    repeats = repeats * args.repeats if kind == "instance" else 1
+    return Example(kind, name, source, caption, origin, size, bucket, repeats)
 
 
-def load_folder(
-    folder: str, kind: str, flag: str, default_caption: str, args: argparse.Namespace, column: str | None = None
-) -> list[Example]:
-    """A folder's pictures with their captions, sorted by name. Raises UserError."""
-    folder = Path(folder)
-    files = list_pictures(folder, flag)
-    captions = read_metadata(folder, column)
-    unlisted = {name: folder / name for name in captions.keys() - {path.name for path in files}}
-    for name, path in sorted(unlisted.items()):
-        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
-            raise UserError(
-                f"{folder / 'metadata.jsonl'} names {name[:200]!r}, which is not in the folder: correct the line"
-            )
-    if not files and not unlisted:
-        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}): put some there")
+def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:
+    """The pictures of a folder, and of those inside named `10_words`, by name, with captions. Raises UserError."""
+    flag, folder = f"--{PICTURE_FLAGS[kind]}", Path(getattr(args, PICTURE_FLAGS[kind]))
+    if kind == "class" and not folder.exists():
+        return []  # they will be drawn
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {str(folder)[:500]} is not a folder: check the path")
+    repeated = {path: re.fullmatch("0*([1-9][0-9]{0,3})_(.*)", path.name) for path in list_folder(folder)}
+    places = {folder: (1, "")} | {path: (int(name[1]), name[2]) for path, name in repeated.items() if name}
+    pictures = {path: places[place] for place in places for path in list_folder(place) if is_picture(path)}
+    files = functools.cache(lambda place: {comparable(path.name): path for path in list_folder(place)})
+    captions = {}
+    for name, caption in read_metadata(folder, None if kind == "class" else args.caption_column).items():
+        path = folder
+        for part in PurePosixPath(name).parts:
+            path = files(path).get(comparable(part), path / part)
+        if not os.path.isfile(path) or comparable(path.name).endswith(MASK_ENDING):
+            raise UserError(f"{caption[1]} names {name[:200]!r}, which is no picture in the folder: correct the line")
+        pictures.setdefault(path, (1, ""))
+        captions[path] = caption
+    if not pictures and kind != "class":
+        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(picture_formats()))}): put some there")
+    if kind == "instance" and args.caption_column and not captions:
+        raise UserError(f"--caption_column needs {folder / METADATA[0]}: make it, or leave the flag out")
     examples = []
-    for path in sorted([*files, *unlisted.values()]):
-        sidecar = path.with_suffix(".txt")
-        caption = captions.get(path.relative_to(folder).as_posix())
-        caption = caption or (read_text(sidecar) if sidecar.is_file() else "") or default_caption
-        examples.append(make_example(kind, str(path), path, caption, args))
+    for path, (repeats, words) in sorted(pictures.items()):
+        caption, origin = captions.get(path, ("", ""))
+        for name in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt"):
+            file = files(path.parent).get(comparable(name))
+            if not caption and file and os.path.isfile(file):
+                caption, origin = read_text(file), file
+        if not caption and args.instance_prompt is None and kind != "class":
+            caption, origin = words.strip(), "the names of folders"
+        examples.append(make_example(kind, str(path), path, caption, origin, repeats, args))
     return examples
 
 
 def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> bytes:  # noqa: F821
     """The encoded picture in a row of a data set."""
+    import fsspec
+
     picture = data[index][column]
     if picture is None:
         raise ValueError("the row has no picture")
-    return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+    if picture["bytes"] is not None:
+        return picture["bytes"]
+    with fsspec.open(picture["path"]) as file:  # a path may lead into a zip
+        return file.read()
 
 
 def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
     """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
+    dataset, column = args.dataset_name, args.image_column
     try:
         import datasets
     except ImportError:
         raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
-    with user_errors(f"--dataset_name {args.dataset_name} cannot be loaded"):
-        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    data = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for flag, column in [("--image_column", args.image_column), ("--caption_column", args.caption_column)]:
-        if column and column not in data.column_names:
-            raise UserError(f"{flag} {column}: {args.dataset_name} has only {', '.join(data.column_names)}")
+    with user_errors(f"--dataset_name {dataset} cannot be loaded"):
+        if any(os.path.isfile(Path(dataset, name)) for name in ("state.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(dataset)
+        else:
+            data = datasets.load_dataset(dataset, args.dataset_config_name, cache_dir=args.cache_dir)
+    if isinstance(data, dict):
+        data = data["train"] if "train" in data else next(iter(data.values()))
+    for flag, name in [("--image_column", column), ("--caption_column", args.caption_column)]:
+        if name and name not in data.column_names:
+            raise UserError(f"{flag} {name}: {dataset} has only {', '.join(data.column_names)}")
     try:
-        data = data.cast_column(args.image_column, datasets.Image(decode=False))
+        data = data.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these
-        raise UserError(f"--image_column {args.image_column} of {args.dataset_name} holds no pictures") from None
-    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+        raise UserError(f"--image_column {column} of {dataset} holds no pictures") from None
     if not len(data):
-        raise UserError(f"--dataset_name {args.dataset_name} is empty")
+        raise UserError(f"--dataset_name {dataset} is empty")
+    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+    paths = data.select_columns([column]).flatten()[f"{column}.path"]
     examples = []
-    for index, caption in enumerate(captions):
-        name = f"{args.dataset_name}[{index}]"
-        source = functools.partial(read_dataset_picture, data, args.image_column, index)
-        caption = clean_caption(caption, name) or args.instance_prompt
-        examples.append(make_example("instance", name, source, caption, args))
+    for index, (caption, path) in enumerate(zip(captions, paths, strict=True)):
+        file = PurePosixPath((path or "").split("::")[0]).name
+        name = f"{dataset}[{index}]" + (f" ({file})" if file else "")
+        source = functools.partial(read_dataset_picture, data, column, index)
+        caption, origin = clean_caption(caption, name), f"the column {args.caption_column}"
+        examples.append(make_example("instance", name, source, caption, origin, 1, args))
     return examples
-
-
-def load_class_examples(args: argparse.Namespace) -> list[Example]:
-    """The pictures of the class that there are: none yet where they will be generated."""
-    folder = Path(args.class_data_dir)
-    if not folder.exists() or not list_pictures(folder, "--class_data_dir"):
-        return []
-    return load_folder(args.class_data_dir, "class", "--class_data_dir", args.class_prompt, args)
 
 
 def load_all_examples(args: argparse.Namespace) -> Examples:
     """The instance pictures and, where the flags ask for them, class and held-out pictures. Raises UserError."""
-    if args.dataset_name:
-        examples = {"instance": load_dataset_examples(args)}
-    else:
-        flag, prompt = "--instance_data_dir", args.instance_prompt
-        examples = {
-            "instance": load_folder(args.instance_data_dir, "instance", flag, prompt, args, args.caption_column)
-        }
+    examples = {"instance": load_dataset_examples(args) if args.dataset_name else load_folder("instance", args)}
     if args.with_prior_preservation:
-        examples["class"] = load_class_examples(args)
-    if folder := args.validation_data_dir:
-        column = args.caption_column if Path(folder, "metadata.jsonl").is_file() else None
-        flag = "--validation_data_dir"
-        examples["held-out"] = load_folder(folder, "held-out", flag, args.instance_prompt, args, column)
+        examples["class"] = load_folder("class", args)
+    if args.validation_data_dir:
+        examples["held-out"] = load_folder("held-out", args)
+    bare = [e.name for es in examples.values() for e in es if e.origin == "--instance_prompt"]
+    if bare and args.instance_prompt is None:
+        raise UserError(f"--instance_prompt is needed by pictures without a caption of their own: {listed(bare)}")
     return examples
 
 
@@ -1058,22 +1142,7 @@ def add_resolutions(examples: list[Example], args: argparse.Namespace) -> list[E
 def verify_pictures(examples: list[Example]) -> None:
     """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
     for example in examples:
-        with picture_errors(example.name), open_picture(example.source) as image:
-            image.draft("RGB", (64, 64))
-            image.load()
-
-
-def find_duplicates(examples: list[Example]) -> list[tuple[str, str]]:
-    """Pairs of names of picture files with the same bytes; only files of the same size are read."""
-    by_size, seen, pairs = Counter(), {}, []
-    files = [example for example in examples if isinstance(example.source, Path)]
-    by_size.update(example.source.stat().st_size for example in files)
-    for example in files:
-        if by_size[example.source.stat().st_size] > 1:
-            first = seen.setdefault(file_digest(example.source), example.name)
-            if first != example.name:
-                pairs.append((first, example.name))
-    return pairs
+        decode_image(example.name, example.source, CHECKED_SIDE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3147,12 +3216,45 @@ def other_flags(examples: Examples, run: Run) -> dict[str, float]:
     return peaks
 
 
-def describe_pictures(examples: Examples) -> list[str]:
+def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
+    """Pairs of pictures with the same bytes; only those of the same size are read."""
+    by_size, pairs = {}, []
+    for example in examples:
+        size = example.source.stat().st_size if isinstance(example.source, Path) else len(example.source())
+        by_size.setdefault(size, []).append(example)
+    for same_size in by_size.values():
+        first = {}
+        for example in same_size if len(same_size) > 1 else []:
+            one = first.setdefault(hashlib.blake2b(read_bytes(example.source)).digest(), example)
+            pairs += [(one, example)] if one is not example else []
+    return pairs
+
+
+def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
+    """Where pictures and captions came from, and what of the folder was left out, as lines."""
+    places = Counter((e.source.parent, e.repeats) for e in examples if isinstance(e.source, Path))
+    origins = Counter(f"{e.origin.suffix.lower()} files" if isinstance(e.origin, Path) else e.origin for e in examples)
+    lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
+    lines.append("  captions: " + ", ".join(f"{number} from {origin}" for origin, number in origins.items()))
+    if folder:
+        read = {Path(folder), *(place for place, _ in places)}
+        used = {path for e in examples for path in (e.source, e.origin)}.union(
+            read, *(place.parents for place in read)
+        )
+        left_out = [
+            str(path.relative_to(folder)) for place in sorted(read) for path in list_folder(place) if path not in used
+        ]
+        lines += [f"  left out: {listed(left_out, 20)}"] if left_out else []
+    return lines
+
+
+def describe_pictures(examples: Examples, args: argparse.Namespace) -> list[str]:
     """The pictures by size, and how much they are scaled and cut, as lines."""
     lines = []
     for kind, kind_examples in examples.items():
         pictures = list({example.name: example for example in kind_examples}.values())
         lines.append(f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet"))
+        lines += describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind])) if pictures else []
         by_bucket = {}
         for example in kind_examples:
             by_bucket.setdefault(example.bucket, []).append(example.size)
@@ -3169,13 +3271,14 @@ def describe_pictures(examples: Examples) -> list[str]:
         enlarged = [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]
         if enlarged:
             lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
-        lines += [f"  the same picture twice: {one} and {other}" for one, other in find_duplicates(pictures)]
+        pairs = find_duplicates([example for example in pictures if isinstance(example.source, Path)])
+        lines += [f"  the same picture twice: {one.name} and {other.name}" for one, other in pairs]
     return lines
 
 
 def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> list[str]:
     """What the run will do, as lines: pictures, steps, LoRA, memory."""
-    args, lines = run.args, describe_pictures(examples)
+    args, lines = run.args, describe_pictures(examples, run.args)
     if missing_class_images:
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
     for side in args.resolution:
@@ -3215,7 +3318,8 @@ def make_fingerprint(examples: Examples, missing_class_images: int, plan: Traini
     """What decides the mathematics of a run, by name: flags, and digests of the data, the LoRA and the model."""
     instances, quantized_by = examples["instance"], run.args.bnb_quantization_config_path
     data = [
-        (Path(e.name).name, e.size, e.source.stat().st_size if isinstance(e.source, Path) else None) for e in instances
+        (Path(e.name).name, e.size, e.repeats, e.source.stat().st_size if isinstance(e.source, Path) else None)
+        for e in instances
     ]
     return (
         {name: getattr(run.args, name) for name in MATHEMATICS}
@@ -3228,7 +3332,7 @@ def make_fingerprint(examples: Examples, missing_class_images: int, plan: Traini
             "mixed_precision": run.accelerator.mixed_precision,
             "total batch size": plan.total_batch_size,
             "pictures": digest_of(data),
-            "captions (sidecars, metadata.jsonl or instance_prompt)": digest_of([e.caption for e in instances]),
+            "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
             "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
             "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
             "lora_layers": digest_of(run.lora.modules),
@@ -3289,6 +3393,23 @@ def set_aside_earlier_run(args: argparse.Namespace) -> None:
     logger.warning(
         f"{output.path} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
     )
+
+
+def check_folders(examples: Examples, args: argparse.Namespace) -> None:
+    """Raises UserError where the run would write into a folder that it reads, or choose by what it trains on."""
+    for kind, kind_examples in examples.items():
+        read = {getattr(args, PICTURE_FLAGS[kind]) or args.dataset_name}
+        read |= {e.source.parent for e in kind_examples if isinstance(e.source, Path)}
+        for flag in ("output_dir", "encoding_cache_dir", "class_data_dir"):
+            written = os.path.realpath(getattr(args, flag) or os.devnull)
+            if flag != PICTURE_FLAGS[kind] and written in map(os.path.realpath, read):
+                raise UserError(f"--{flag} {written} holds {kind} pictures, and is written to: choose another folder")
+    pairs = find_duplicates([e for es in examples.values() for e in es]) if "held-out" in examples else []
+    trained = listed(e.name for other, e in pairs if e.kind == "held-out" != other.kind)
+    if trained and args.save_best:
+        raise UserError(f"--save_best: these of --validation_data_dir are trained on, remove them: {trained}")
+    if trained:
+        logger.warning(f"--validation_data_dir: these are trained on, so that their loss means little: {trained}")
 
 
 def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draws_class_images: bool) -> None:
@@ -3365,11 +3486,12 @@ def write_model_card(run: Run, files: list[Path]) -> str:
     args, prompts = run.args, validation_prompts(run.args, final=True)
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
     pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
+    trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
         base_model=base if on_hub else None,  # the Hub refuses a card whose base model is a folder
-        instance_prompt=args.instance_prompt,
+        instance_prompt=trigger or None,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=[
             {"text": prompts[number // args.num_validation_images], "output": {"url": path}}
@@ -3393,7 +3515,7 @@ def write_model_card(run: Run, files: list[Path]) -> str:
 {"<Gallery />" if files else ""}
 
 A LoRA for {link}, trained with DreamBooth{held}.
-Trigger words: {inline_code(args.instance_prompt)}
+{f"Trigger words: {inline_code(trigger)}" if trigger else "Trained on captions, without trigger words."}
 
 ```python
 import torch
@@ -3401,7 +3523,7 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({hub_repository(args)!r})
-image = pipe({(prompts or [args.instance_prompt])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
+image = pipe({(prompts or [trigger or "a photo"])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
@@ -3621,6 +3743,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
+    check_folders(examples, args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
     examples = {kind: add_resolutions(examples[kind], args) for kind in examples}
     plan = TrainingPlan(examples, run)
@@ -3648,7 +3771,7 @@ def main(args: argparse.Namespace) -> None:
     prompt_embeds = encode_prompts(sorted(prompts), run)
     if missing:
         generate_class_images(missing, prompt_embeds, run)
-        examples["class"] = add_resolutions(load_class_examples(args), args)
+        examples["class"] = add_resolutions(load_folder("class", args), args)
     plan = TrainingPlan(examples, run, prompt_embeds)
     data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]

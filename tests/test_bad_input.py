@@ -226,7 +226,7 @@ def picture_corpus(seed):
     for name, content in sound_pictures().items():
         corpus += [(f"{number}-{name}", mutate(content, generator)) for number in range(20)]
     corpus += [
-        (f"other-{number}{generator.choice(sorted(trainer.PICTURE_SUFFIXES))}", mutate(content, generator))
+        (f"other-{number}{generator.choice(sorted(trainer.picture_formats()))}", mutate(content, generator))
         for number, content in enumerate([*sound_pictures().values()] * 2)
     ]
     return corpus
@@ -237,14 +237,13 @@ def read_whole(folder):
     args = trainer.parse_args(train_args("model", folder, "out"))
     examples = trainer.load_all_examples(args)["instance"]
     trainer.verify_pictures(examples)
-    buckets = trainer.assign_buckets(examples, args)
     pictures = []
-    for example, bucket in zip(examples, buckets):
+    for example in examples:
         try:
             image = trainer.decode_image(example.name, example.source)
         except trainer.UserError as error:
             raise AssertionError(f"passed the check before training, and failed in it: {error}") from None
-        pictures.append(trainer.fit_to_bucket(image, bucket, (0.3, 0.7), flip=True))
+        pictures.append(trainer.fit_to_bucket(image, example.bucket, (0.3, 0.7), flip=True))
     return pictures
 
 

@@ -57,13 +57,6 @@ def test_the_field_of_captions_is_that_of_held_out_pictures_too(shared_photos, t
     assert [examples[kind][0].caption for kind in ("instance", "held-out")] == ["一只猫", "一只猫"]
 
 
-def test_pictures_that_cannot_be_read_are_named(shared_photos, tmp_path, caplog):
-    (tmp_path / "cat.png").symlink_to(shared_photos / "cat.png")
-    (tmp_path / "phone.HEIC").write_bytes(b"")
-    assert [path.name for path in trainer.list_pictures(tmp_path, "--instance_data_dir")] == ["cat.png"]
-    assert "phone.HEIC" in caplog.text
-
-
 def test_the_configuration_of_a_data_set_is_asked_for():
     flags = {"dataset_name": "dogs", "dataset_config_name": "small", "cache_dir": "here"}
     args = trainer.parse_args(train_args("model", None, "out", **flags))
