@@ -155,6 +155,18 @@ WINDOWS, LINUX = sys.platform == "win32", sys.platform == "linux"
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
 ]
+LAUNCHER_VARIABLES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "LOCAL_",
+    "MASTER_",
+    "RANK",
+    "WORLD_SIZE",
+    "PMI_",
+    "MV2_",
+    "OMP",
+    "FORK_",
+)
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
 RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
 
@@ -453,7 +465,10 @@ def release_memory() -> None:
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose `@file` arguments may hold comments and several words a line."""
+    """A parser whose errors are one line; `@file` arguments may hold comments and several words a line.
+
+    `~/` at the beginning of a value is the home folder: shells see to that in `--flag ~/x` alone.
+    """
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -462,13 +477,22 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else args
-        words = [self.read_words(Path(arg[1:])) if arg.startswith("@") else [arg] for arg in args]
-        return super().parse_known_args(sum(words, []), namespace)
+        words = [self.read_words(Path(arg[1:]).expanduser()) if arg.startswith("@") else [arg] for arg in args]
+        home = functools.partial(
+            re.sub, r"^(--\w+=)?~(?=[/\\])", lambda flag: (flag[1] or "") + os.path.expanduser("~")
+        )
+        words = [home(word) for word in sum(words, [])]
+        return super().parse_known_args(words, namespace)
 
     def read_words(self, path: Path) -> list[str]:
         """The words of an `@file`: argparse's own reader leaves the encoding to the locale."""
         try:
-            return [word for line in read_text(path).splitlines() for word in shlex.split(line, comments=True)]
+            words = []
+            for line in read_text(path).splitlines():
+                lexer = shlex.shlex(line, posix=True)
+                lexer.whitespace_split, lexer.escape = True, "" if WINDOWS else "\\"
+                words += lexer
+            return words
         except ValueError as error:  # of read_text, or an open quote
             self.error(f"cannot read the arguments in {path}: {first_line(error)}")
 
@@ -514,6 +538,11 @@ def resolutions(text: str) -> tuple[int, ...]:
     return tuple(map(count, text.split(",")))
 
 
+def fraction_or_boolean(text: str) -> float:
+    """A number from 0 to 1, or `true` or `false`."""
+    return fraction(text) if re.match(r"[\d.+-]", text) else float(boolean(text))
+
+
 def build_parser() -> OneLineErrorParser:
     """The command line: every flag, in groups by topic."""
     # fmt: off
@@ -536,7 +565,7 @@ def build_parser() -> OneLineErrorParser:
         help="Hold the transformer in that: int8 is for any GPU, fp8 is --do_fp8_training, nf4 is configs/nf4.json.")
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
-    add("--gradient_checkpointing", type=fraction, nargs="?", const=True, default=False, metavar="FRACTION",
+    add("--gradient_checkpointing", type=fraction_or_boolean, nargs="?", const=True, default=False, metavar="FRACTION",
         help="Recompute the transformer's blocks, or a fraction of them, in the backward pass: less memory, slower.")
     add("--offload", action="store_true",
         help="Keep encoders, and the inputs of recomputed blocks, in host memory while the device does not need them.")
@@ -607,7 +636,7 @@ def build_parser() -> OneLineErrorParser:
         help="Batches whose gradients make one update. Default: 1.")
     add("--num_train_epochs", type=count, default=1, metavar="N", help="Passes over the data. Default: 1.")
     add("--max_train_steps", type=count, metavar="N", help="Updates in all; overrides --num_train_epochs.")
-    add("--learning_rate", type=positive, default=0.0001, metavar="LR", help="Default: 1e-4. For Prodigy give 1.0.")
+    add("--learning_rate", type=non_negative, default=0.0001, metavar="LR", help="Default: 1e-4; for Prodigy 1.0.")
     add("--scale_lr", action="store_true", help="Multiply the learning rate by the total batch size.")
     schedulers = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="constant", metavar="NAME", choices=schedulers,
@@ -643,7 +672,7 @@ def build_parser() -> OneLineErrorParser:
     add = parser.add_argument_group("Validation").add_argument
     add("--validation_prompt", action="append", metavar="PROMPT",
         help="Draw pictures of it while training, always from the same noise. May be repeated, or name a text file.")
-    add("--num_validation_images", type=count, default=4, metavar="N", help="How many for each prompt. Default: 4.")
+    add("--num_validation_images", type=whole, default=4, metavar="N", help="For each prompt; 0: none. Default: 4.")
     add("--validation_epochs", type=count, default=50, metavar="N", help="Validate every N epochs. Default: 50.")
     add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
     add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
@@ -730,13 +759,16 @@ def read_prompts(prompts: list[str]) -> list[str]:
     read = []
     for prompt in prompts:
         is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        read += [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+        lines = [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
+        if not lines or not is_file and prompt.endswith(".txt"):
+            raise UserError(f"--validation_prompt {prompt} {'is empty' if is_file else 'is no file'}: check it")
+        read += lines
     return read
 
 
 def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[str]:
     """The prompts to draw while training, or at its end."""
-    if final and args.skip_final_inference:
+    if args.num_validation_images == 0 or final and args.skip_final_inference:
         return []
     if final and args.final_validation_prompt:
         return [args.final_validation_prompt]
@@ -813,6 +845,11 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
         lines.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         lines.append(f"--learning_rate {args.learning_rate:g} is low for Prodigy, which finds its own: 1.0 is usual")
+    if args.logit_mean:
+        noise = "more" if args.logit_mean > 0 else "less"
+        lines.append(
+            f"--logit_mean {args.logit_mean:g} means {noise} noise, as in the SD3 paper; some trainers flip it"
+        )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
         lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant: take constant_with_warmup")
     return lines
@@ -1384,6 +1421,8 @@ def follow_launcher() -> None:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_VARIABLES)]:
+        del os.environ[name]  # accelerate would read a number from the empty text
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision == "fp8":
         raise UserError(
@@ -1427,7 +1466,15 @@ def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Whether the device can do what was asked. Raises UserError."""
     if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
         raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
-    if accelerator.mixed_precision == "fp16":
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--mixed_precision fp16: the CPU has no fp16 training; take bf16, or no")
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} emulates it, about as fast as float32: up to 8 "
+            "times slower than a GPU that has it"
+        )
+    if precision == "fp16":
         logger.warning(
             "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
         )
@@ -1848,7 +1895,9 @@ def checkpoint_blocks(
         if block not in recomputed or not learns:  # the backward pass ends at the first block that has a LoRA
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
-        with torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext():
+        with (
+            torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda) if on_host else contextlib.nullcontext()
+        ):
             return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant)
 
     transformer.enable_gradient_checkpointing(run_block)
@@ -1915,7 +1964,7 @@ def resolve_lora_layers(names: str, linear: Linear) -> Targets:
     """
     resolved = {}
     for requested in filter(None, (name.strip() for name in names.split(","))):
-        own = [requested]
+        own = [requested] if requested != "all-linear" else ["layers", "noise_refiner", "context_refiner"]
         for foreign, ours in {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}.items():
             if requested == foreign or requested.endswith("." + foreign):
                 own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
@@ -1934,7 +1983,9 @@ def resolve_lora_layers(names: str, linear: Linear) -> Targets:
 def find_lora_file(path: str, cache_dir: str | None) -> Path:
     """The file that is given by its path, its folder's, or `OWNER/NAME` or `OWNER/NAME/FILE` on the Hub."""
     parts = path.split("/", 2)
-    if not os.path.exists(path) and len(parts) > 1:
+    if not os.path.exists(path) and (len(parts) == 1 or parts[0] in ("", ".", "..")):
+        raise UserError("there is no such file")
+    if not os.path.exists(path):
         pattern = parts[2] if parts[2:] else "*.safetensors"
         path = snapshot_download("/".join(parts[:2]), allow_patterns=pattern, cache_dir=cache_dir)
         path = os.path.join(path, *parts[2:])
@@ -2057,25 +2108,27 @@ def freeze_base_adapter(transformer: ZImageTransformer2DModel) -> None:
             parameter.requires_grad_(False)
 
 
-def read_base_adapter(args: argparse.Namespace) -> tuple[State, dict | None, float]:
-    """The tensors, metadata and weight of `--base_adapter`. Raises UserError."""
+def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
+    """The matrices of `--base_adapter`, times alpha / rank and its weight. Raises UserError."""
     path, _, weight = args.base_adapter.rpartition(":")
     try:
         weight = float(weight)
     except ValueError:
         path, weight = args.base_adapter, 1.0
-    with user_errors(f"--base_adapter {path} cannot be loaded as a LoRA"):
-        state, metadata = ZImagePipeline.lora_state_dict(path, cache_dir=args.cache_dir, return_lora_metadata=True)
-    state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
-    return state, metadata, weight
+    with user_errors(f"--base_adapter {args.base_adapter}", UserError, Exception):
+        if not math.isfinite(weight):
+            raise UserError("its weight is not a number")
+        state, alphas = read_lora(find_lora_file(path, args.cache_dir), linear)
+    for module, alpha in alphas.items():
+        state[f"{module}.lora_B.weight"] *= weight * alpha / len(state[f"{module}.lora_A.weight"])
+    return state
 
 
-def load_base_adapter(transformer: ZImageTransformer2DModel, args: argparse.Namespace) -> None:
+def load_base_adapter(transformer: ZImageTransformer2DModel, run: Run) -> None:
     """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
-    state, metadata, weight = read_base_adapter(args)
-    with user_errors(f"--base_adapter {args.base_adapter} cannot be loaded as a LoRA"):
-        transformer.load_lora_adapter(state, adapter_name="base", metadata=metadata, prefix="transformer")
-    transformer.set_adapters(["default", "base"], [1.0, weight])
+    state = read_base_adapter(run.args, linear_layers(run.pipeline.transformer_config))
+    transformer.load_lora_adapter(state, adapter_name="base", prefix=None)
+    transformer.set_adapters(["default", "base"])
     freeze_base_adapter(transformer)
     disable_input_casts(transformer)
 
@@ -2667,7 +2720,7 @@ def missing_glyphs(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
 def caption_font(size: int, text: str) -> ImageFont.FreeTypeFont:
     """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
     fonts = [ImageFont.load_default(size)]
-    for folder in ("/usr/share/fonts", Path.home() / ".fonts", "/System/Library/Fonts", "C:/Windows/Fonts"):
+    for folder in ("/usr/share/fonts", os.path.expanduser("~/.fonts"), "/System/Library/Fonts", "C:/Windows/Fonts"):
         for pattern in ("*Sans*CJK*Regular*", "*CJK*", "wqy*", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
             for path in sorted(Path(folder).rglob(pattern + ".[ot]t[cf]")):
                 if missing_glyphs(fonts[-1], text):
@@ -3294,6 +3347,10 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
         lines.append(
             f"LoRA on {name}: {len(paths)} modules ({where}), {run.lora.rank * sum(paths.values()):,} parameters"
         )
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
+        lines.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before --learning_rate is reached; give less"
+        )
     memory = expected_memory(examples, run)
     lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
     if args.dry_run:
@@ -3701,7 +3758,7 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     transformer = load_transformer(run)
     parameters = add_lora(transformer, run)
     if args.base_adapter:
-        load_base_adapter(transformer, args)
+        load_base_adapter(transformer, run)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
     state = TrainingState(transformer, parameters, optimizer, lr_scheduler, run.accelerator.scaler)
@@ -3739,7 +3796,7 @@ def main(args: argparse.Namespace) -> None:
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
     validation_pipeline(run)
     if args.base_adapter:
-        read_base_adapter(args)
+        read_base_adapter(args, linear_layers(pipeline.transformer_config))
 
     # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
     examples = load_all_examples(args)

@@ -160,9 +160,13 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
     assert {name: download.call_args.kwargs[name] for name in ("revision", "cache_dir")} == {
         name: flags[name] for name in ("revision", "cache_dir")
     }
-    with mock.patch.object(trainer.ZImagePipeline, "lora_state_dict", return_value=({}, {})) as read:
-        trainer.read_base_adapter(parsed(base_adapter="adapter:0.5", cache_dir="here"))
-    assert read.call_args == mock.call("adapter", cache_dir="here", return_lora_metadata=True)
+    with (
+        mock.patch.object(trainer, "snapshot_download", return_value="nowhere") as download,
+        pytest.raises(trainer.UserError),
+    ):
+        trainer.read_base_adapter(parsed(base_adapter="someone/adapter:0.5", cache_dir="here"), {})
+    assert download.call_args.kwargs["cache_dir"] == "here"
+    assert download.call_args.args == ("someone/adapter",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

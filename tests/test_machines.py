@@ -4,17 +4,22 @@ Each test makes the condition of the machine in this process: a system call that
 user's, a signal. `trainer.main` runs here as well, on a tiny model; what is looked at is what is left on the disk.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import pwd
 import shlex
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
 import train_dreambooth_lora_z_image as trainer
 from tiny import SCRIPT, events, run, train_args
@@ -432,3 +437,147 @@ def test_a_resumed_run_goes_on_with_the_run_of_its_tracker(train, tmp_path, monk
         output_dir=tmp_path / "other",
     )
     assert started == [None, {"id": "abc", "resume": "allow"}, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variables, devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_variables_that_are_set_but_empty_are_as_good_as_none(train, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_USE_FSDP", "ACCELERATE_DEBUG_MODE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert train("--dry_run")[0] == 0
+    assert "WORLD_SIZE" not in os.environ and os.environ["CUDA_VISIBLE_DEVICES"] == ""  # that one means no GPU
+
+
+def test_a_user_without_a_home_and_a_name_can_train(train, tmp_path, monkeypatch):
+    def no_entry(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    flags = {**PICTURES, "validation_prompt": "\u4e00\u53ea\u72d7"}  # which asks for fonts
+    status, output = train(**flags, max_train_steps=1, report_to="tensorboard")
+    assert status == 0 and "failed" not in output
+
+
+def test_fp16_on_the_cpu_is_refused_and_bf16_named(train, refuse_models):
+    status, output = train(mixed_precision="fp16")
+    assert status == 2 and "--mixed_precision fp16" in output and "bf16" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("emulated", "warnings"), [(True, 1), (False, 0)])
+def test_bf16_on_a_gpu_that_emulates_it_is_warned_about(emulated, warnings, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"))
+    trainer.check_device(trainer.parse_args(train_args("m", "d", "o")), accelerator)
+    assert caplog.text.count("Tesla T4 emulates it") == warnings
+
+
+def test_only_cuda_copies_to_the_host_without_waiting(monkeypatch):
+    """A copy from memory that is not pinned, for which nobody waits, gives wrong numbers on MPS."""
+    pinned = []
+    monkeypatch.setattr(
+        torch.autograd.graph, "save_on_cpu", lambda pin_memory: pinned.append(pin_memory) or contextlib.nullcontext()
+    )
+    block, given = torch.nn.Linear(2, 2), []
+    transformer = SimpleNamespace(
+        noise_refiner=[], context_refiner=[], layers=[block], enable_gradient_checkpointing=given.append
+    )
+    trainer.checkpoint_blocks(transformer, 1.0, on_host=True)
+    given[0](block, torch.zeros(1, 2)).sum().backward()
+    assert pinned == [False]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parsed(*more, **flags):
+    return trainer.parse_args([*train_args("m", "d", "o", **flags), *map(str, more)])
+
+
+def test_a_tilde_is_the_home_folder_in_files_of_arguments_and_after_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.args").write_text(
+        '--class_data_dir=~/dogs\n--class_prompt "a ~/b"\n--cache_dir ~/cache # mine\n'
+    )
+    args = parsed("@~/flags.args", "--encoding_cache_dir=~/encodings")
+    assert args.class_data_dir == str(tmp_path / "dogs") and args.class_prompt == "a ~/b"
+    assert (args.cache_dir, args.encoding_cache_dir) == (str(tmp_path / "cache"), str(tmp_path / "encodings"))
+
+
+@pytest.mark.parametrize(("windows", "folder"), [(True, r"C:\Users\me\dogs"), (False, "C:Usersmedogs")])
+def test_backslashes_in_a_file_of_arguments_are_kept_on_windows(windows, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "WINDOWS", windows)
+    (tmp_path / "flags.args").write_text("--class_data_dir=C:\\Users\\me\\dogs\n")
+    assert parsed(f"@{tmp_path / 'flags.args'}").class_data_dir == folder
+
+
+def test_true_and_false_are_taken_for_gradient_checkpointing():
+    given = {"True": 1, "False": 0, "true": 1, "0.5": 0.5, "1": 1}
+    assert {text: parsed(gradient_checkpointing=text).gradient_checkpointing for text in given} == given
+
+
+def test_no_pictures_and_no_learning_rate_can_be_asked_for():
+    args = parsed(num_validation_images=0, learning_rate=0, validation_prompt="a dog", skip_final_inference=False)
+    assert trainer.validation_prompts(args) == trainer.validation_prompts(args, final=True) == []
+    assert args.learning_rate == 0
+
+
+@pytest.mark.parametrize("file", ["missing.txt", "empty.txt", "blank"])
+def test_a_file_of_prompts_that_gives_none_is_refused(file, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank").write_text("\n  \n")
+    with pytest.raises(SystemExit) as end:
+        parsed(validation_prompt=tmp_path / file)
+    assert end.value.code == 2 and f"--validation_prompt {tmp_path / file} is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mean", "noise"), [(0.5, "more"), (-0.5, "less")])
+def test_the_sign_of_the_logit_mean_is_explained(mean, noise):
+    assert [noise in line for line in trainer.ineffective_flags(parsed(logit_mean=mean))] == [True]
+    assert trainer.ineffective_flags(parsed(logit_mean=0)) == []
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_about(train):
+    assert "--lr_warmup_steps 500" in train("--dry_run", lr_scheduler="cosine", max_train_steps=500)[1]
+    assert "--lr_warmup_steps" not in train("--dry_run", lr_scheduler="cosine", max_train_steps=501)[1]
+
+
+def linear_layers(tiny_model):
+    return trainer.linear_layers(json.loads((tiny_model / "transformer" / "config.json").read_text()))
+
+
+def test_all_linear_means_every_linear_layer_of_the_blocks(tiny_model):
+    linear = linear_layers(tiny_model)
+    blocks = [path for path in linear if path.split(".")[0] in ("layers", "noise_refiner", "context_refiner")]
+    assert len(blocks) > 28
+    assert sorted(trainer.resolve_lora_layers("all-linear", linear)["all-linear"]) == sorted(blocks)
+
+
+TO_Q = "transformer.layers.0.attention.to_q"
+ADAPTERS = {
+    "wrong size": (
+        {f"{TO_Q}.lora_A.weight": (2, 64), f"{TO_Q}.lora_B.weight": (64, 2)},
+        r"to_q is \(64, 64\), not \(48, 48\)",
+    ),
+    "unknown module": ({"transformer.layers.9.attention.to_q.lora_A.weight": (2, 48)}, r"layers\.9\.attention\.to_q"),
+    "half of a pair": ({f"{TO_Q}.lora_A.weight": (2, 48)}, r"to_q is \(48, 0\), not \(48, 48\)"),
+    "missing": (None, "no such file"),
+}
+
+
+@pytest.mark.parametrize(("shapes", "reason"), ADAPTERS.values(), ids=ADAPTERS)
+def test_a_base_adapter_that_does_not_fit_is_refused_with_module_and_sizes(shapes, reason, tiny_model, tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    if shapes:
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    with pytest.raises(trainer.UserError, match=f"--base_adapter .*{reason}"):
+        trainer.read_base_adapter(parsed(base_adapter=f"{file}:0.5"), linear_layers(tiny_model))
