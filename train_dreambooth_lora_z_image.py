@@ -92,6 +92,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -137,6 +138,10 @@ CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded f
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OUT_OF_MEMORY = re.compile(
+    "out of memory|OutOfMemory|ALLOC_FAILED|MemoryError|can't allocate memory|not enough memory"
+)
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 T = TypeVar("T")
@@ -1686,12 +1691,37 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: the libraries of CUDA raise RuntimeErrors of their own for it."""
+    return isinstance(error, (MemoryError, RuntimeError)) and bool(OUT_OF_MEMORY.search(f"{type(error)} {error}"))
+
+
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor, run: Run) -> Tensor:
-    """The inverse of `encode_images`: latents [B, C, h, w] -> pixels [B, 3, H, W]."""
+def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
+    """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is on the device for as long as it takes.
+
+    Where a whole picture does not fit, this and the rest are decoded in overlapping tiles, which may just be seen.
+    """
+    vae, pictures = load_vae(run), []
+    processor = VaeImageProcessor(vae_scale_factor=run.pipeline.vae_scale_factor)
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return torch.cat([vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
+        for one in latents:
+            one = one.to(run.accelerator.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
+            try:
+                pixels = vae.decode(one, return_dict=False)[0]
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or vae.use_tiling:
+                    raise
+                logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
+                vae.enable_tiling()
+                pixels = None
+            if pixels is None:  # outside of the handler, where the error no longer holds tensors
+                release_memory()
+                pixels = vae.decode(one, return_dict=False)[0]
+            pictures += processor.postprocess(pixels)
+    del vae
+    release_memory()
+    return pictures
 
 
 def draw_crop(example: Example, args: argparse.Namespace, *draw: Any) -> tuple[float, float]:
@@ -2564,17 +2594,16 @@ class OnePromptAtATime(torch.nn.Module):
         return [[self.transformer([x], time, [embed], **options)[0][0] for x, time, embed in each]]
 
 
-def draw_images(
+def draw_latents(
     transformer: ZImageTransformer2DModel,
-    vae: AutoencoderKL,
     prompt: str,
     generators: list[torch.Generator],
     prompt_embeds: dict[str, Tensor],
     run: Run,
-) -> list[Image.Image]:
-    """Pictures of a prompt, one for each generator, at the last `--resolution` and `--guidance_scale`.
+) -> list[Tensor]:
+    """Latents [C, h, w] on the CPU of pictures of a prompt, one for each generator, at the last `--resolution`.
 
-    The noise is drawn on the CPU, so that it is the same on every device; the VAE decodes in its own precision.
+    The noise is drawn on the CPU, so that it is the same on every device.
     """
     args, side = run.args, round_size(run.args.resolution[-1])
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
@@ -2597,7 +2626,7 @@ def draw_images(
             output_type="latent",
             **steps,
         ).images
-    return pipeline.image_processor.postprocess(decode_latents(vae, latents, run))
+    return list(latents.float().cpu())
 
 
 def class_image_path(folder: Path, number: int) -> Path:
@@ -2605,24 +2634,57 @@ def class_image_path(folder: Path, number: int) -> Path:
     return folder / f"class-{number:05d}.png"
 
 
+def load_drawing_transformer(pipeline: PipelineInfo, dtype: torch.dtype | None, run: Run) -> ZImageTransformer2DModel:
+    """A transformer for pictures alone, on the device: in the training's base precision, or in `dtype`."""
+    if dtype is None:
+        transformer = load_transformer(dataclasses.replace(run, pipeline=pipeline))
+    else:
+        transformer = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype).requires_grad_(False)
+    if run.sharded or dtype:
+        transformer.to(run.accelerator.device)
+    return transformer.eval()
+
+
+@contextlib.contextmanager
+def set_aside(transformer: ZImageTransformer2DModel, run: Run) -> Iterator[None]:
+    """The transformer waits in host memory, while the device has another model."""
+    transformer.to("cpu")
+    release_memory()
+    try:
+        yield
+    finally:
+        release_memory()
+        transformer.to(run.accelerator.device)
+
+
+CLASS_IMAGES_AT_ONCE = 16  # so many are drawn before the transformer makes room for the VAE, and they are saved
+
+
 def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
-    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
+    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes.
+
+    Transformer and VAE are on the device by turns.
+    """
     args, folder = run.args, Path(run.args.class_data_dir)
-    precision = args.prior_generation_precision or run.accelerator.mixed_precision
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    transformer = run.pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype).to(run.accelerator.device)
+    dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
+    transformer = load_drawing_transformer(run.pipeline, dtype, run)
     folder.mkdir(parents=True, exist_ok=True)
     free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
     own, size = run.own_part(free[:missing]), args.sample_batch_size
     batches = [own[first : first + size] for first in range(0, len(own), size)]
-    vae = load_vae(run)
+    drawn: dict[int, Tensor] = {}
     for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
-        images = draw_images(transformer, vae, args.class_prompt, generators, prompt_embeds, run)
-        for number, image in zip(numbers, images, strict=True):
-            save_picture(image, class_image_path(folder, number))
-    del transformer, vae
+        latents = draw_latents(transformer, args.class_prompt, generators, prompt_embeds, run)
+        drawn |= zip(numbers, latents, strict=True)
+        if len(drawn) >= CLASS_IMAGES_AT_ONCE or numbers is batches[-1]:
+            with set_aside(transformer, run):
+                images = decode_latents(list(drawn.values()), run)
+            for number, image in zip(drawn, images, strict=True):
+                save_picture(image, class_image_path(folder, number))
+            drawn.clear()
+    del transformer
     release_memory()
     run.accelerator.wait_for_everyone()
 
@@ -2644,30 +2706,15 @@ def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
         transformer.train()
 
 
-@contextlib.contextmanager
-def drawing_transformer(
+def with_same_lora(
     transformer: ZImageTransformer2DModel, pipeline: PipelineInfo, run: Run
-) -> Iterator[ZImageTransformer2DModel]:
-    """The transformer that draws: the one in training, or that of another `pipeline` with the same LoRA.
-
-    The two are on the device by turns.
-    """
-    if pipeline is run.pipeline:
-        with eval_mode(transformer):
-            yield transformer
-        return
-    device = run.accelerator.device
-    transformer.to("cpu")
-    drawing = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype)
+) -> ZImageTransformer2DModel:
+    """Another pipeline's transformer, for pictures, with the LoRA of the one in training."""
+    drawing = load_drawing_transformer(pipeline, None, run)
     with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
-    drawing.to(device).eval()
-    with torch.no_grad():
-        yield drawing
-    del drawing
-    release_memory()
-    transformer.to(device)
+    return drawing.to(run.accelerator.device).eval()
 
 
 def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
@@ -2798,6 +2845,31 @@ def save_validation_images(
     return list(files.values())
 
 
+def draw_jobs(
+    transformer: ZImageTransformer2DModel | None,
+    jobs: list[tuple[int, int]],
+    prompts: list[str],
+    prompt_embeds: dict[str, Tensor],
+    stop: StopSignal,
+    run: Run,
+) -> dict[tuple[int, int], Tensor]:
+    """Latents [C, h, w] of each (prompt, number of the picture) of this process; the number decides the noise.
+
+    None where it lacks a transformer, cannot draw, or any process is asked to stop.
+    """
+    drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
+    for first in range(0, len(jobs), processes):
+        if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
+            break
+        own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
+        for prompt, number in own if transformer else []:
+            with optional("Drawing a picture"):
+                generator = seeded_generator(run.seed, "validation", number)
+                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, run)
+                drawn[prompt, number] = latents[0]
+    return drawn
+
+
 def draw_validation_images(
     transformer: ZImageTransformer2DModel,
     prompts: list[str],
@@ -2810,27 +2882,22 @@ def draw_validation_images(
 
     Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
     Picture i of a prompt has the same noise at every validation. Returns the pictures' files, on the main process;
-    none where a process cannot draw or is asked to stop.
+    none where a process cannot draw, for want of memory for example, or is asked to stop.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
-    vae, drawn, pipeline = load_vae(run), [], validation_pipeline(run)
-    drawing_run, processes = (
-        dataclasses.replace(run, pipeline=pipeline),
-        1 if run.sharded else run.accelerator.num_processes,
-    )
-    with drawing_transformer(transformer, pipeline, run) as drawing:
-        for first in range(0, len(jobs), processes):
-            if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
-                break
-            with optional("Drawing a picture"):
-                for prompt, number in (
-                    run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
-                ):
-                    generator = seeded_generator(run.seed, "validation", number)
-                    image = draw_images(drawing, vae, prompts[prompt], [generator], prompt_embeds, drawing_run)[0]
-                    drawn.append(((prompt, number), image))
-    del vae
+    pipeline, drawing, images = validation_pipeline(run), transformer, []
+    other = pipeline is not run.pipeline
+    with eval_mode(transformer), set_aside(transformer, run) if other else contextlib.nullcontext():
+        if other:
+            drawing = None
+            with optional("Loading --validation_model_path"):
+                drawing = with_same_lora(transformer, pipeline, run)
+        drawn = draw_jobs(drawing, jobs, prompts, prompt_embeds, stop, dataclasses.replace(run, pipeline=pipeline))
+        del drawing  # before the VAE comes
+        with optional("Decoding the pictures"):
+            images = decode_latents(list(drawn.values()), run)
     release_memory()
+    drawn = list(zip(drawn, images))
     images = dict(drawn if run.sharded else gather_object(drawn))
     if run.accelerator.is_main_process and len(images) == len(jobs):
         with optional("Saving the pictures"):
@@ -3786,7 +3853,7 @@ def main(args: argparse.Namespace) -> None:
     """Train as `args` (of `parse_args`) says. Raises UserError for what the user can correct."""
     accelerator = start_run(args)
     checkpoint = find_checkpoint(args)
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    weight_dtype = DTYPES[accelerator.mixed_precision]
     seed = choose_seed(args, checkpoint and checkpoint.seed)
     pipeline = read_pipeline_info(args, accelerator)
     lora = read_lora_settings(args, pipeline.transformer_config)
