@@ -1286,13 +1286,16 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     with user_errors(f"{incomplete} model_index.json"):
         path = local_pipeline(args, accelerator)
         index = DiffusionPipeline.load_config(path)
-    if index.get("_class_name") not in ("ZImagePipeline", None):
-        raise UserError(f"{flag}: it is a {index['_class_name']}, not a ZImagePipeline")
+        found = index.get("_class_name")
+    if found not in ("ZImagePipeline", None):
+        raise UserError(f"{flag}: it is a {found}, not a ZImagePipeline")
     for component, read in readers.items():
         with user_errors(f"{incomplete} {component}"):
             configs[component] = read(path, subfolder=component)
     for component, cls in classes.items():
-        if (found := configs[component].get("_class_name")) != cls.__name__:
+        with user_errors(f"{incomplete} {component}"):
+            found = configs[component].get("_class_name")
+        if found != cls.__name__:
             raise UserError(f"{flag}: its {component} is a {found}, not a {cls.__name__}")
     transformer, vae, text_config = (configs[component] for component in ("transformer", "vae", "text_encoder"))
     if not text_config.model_type.startswith("qwen"):
@@ -2076,7 +2079,8 @@ def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
 def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, Any]) -> LoraSettings:
     """What the LoRA is: as the flags say, where they are silent as the file of `--init_lora`. Raises UserError."""
     linear, path = linear_layers(transformer_config), args.init_lora
-    targets = resolve_lora_layers(args.lora_layers or "to_k,to_q,to_v,to_out.0", linear)
+    names = "to_k,to_q,to_v,to_out.0" if args.lora_layers is None else args.lora_layers
+    targets = resolve_lora_layers(names, linear)
     if path is None:
         return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets)
     with user_errors(f"--init_lora {path}", UserError, Exception):

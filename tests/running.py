@@ -121,7 +121,8 @@ def run_here(*argv, env=None, load_weights=True):
     """Runs the script's command line in this process. Without `load_weights` it ends with `GOES_ON` before that."""
     import train_dreambooth_lora_z_image as trainer
 
-    argv, out, err = [SCRIPT.name, *map(str, argv)], io.StringIO(), io.StringIO()
+    argv = [SCRIPT.name, *map(str, argv)]
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     environment = training_environment({"ACCELERATE_USE_CPU": "1", **(env or {})})
     handlers, level = logging.root.handlers[:], logging.root.level
     reset_accelerate()
@@ -142,7 +143,9 @@ def run_here(*argv, env=None, load_weights=True):
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
         reset_accelerate()
-    return Finished(argv, status, out.getvalue(), err.getvalue())
+    for stream in (out, err):
+        stream.flush()
+    return Finished(argv, status, *(stream.buffer.getvalue().decode("utf-8") for stream in (out, err)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,61 +21,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from PIL import Image, ImageCms, PngImagePlugin
 
 import train_dreambooth_lora_z_image as trainer
-from kill_test import fork_trainer
-from tiny import launch, run_script, train_args
+from running import GOES_ON, error_line, fork_trainer, launch, launch_script, run_here
+from tiny import train_args
 
 
 LORA = "pytorch_lora_weights.safetensors"
-GOES_ON = "goes on"  # the answer of a trainer that is about to load the first weights
 
 
-class Reached(Exception):
-    """The trainer is about to load weights."""
-
-
-@pytest.fixture
-def answer(monkeypatch, capfd):
-    """Runs the command line in this process until it would load weights: gives exit status and standard error."""
-
-    def reach(*args, **kwargs):
-        raise Reached
-
-    def load(self, cls, subfolder, **kwargs):
-        return small_parts(self, cls, subfolder, **kwargs) if subfolder in ("scheduler", "tokenizer") else reach()
-
-    def run(argv):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["train_dreambooth_lora_z_image.py", *map(str, argv)])
-        capfd.readouterr()
-        try:
-            status = trainer.run_command_line()
-        except SystemExit as end:
-            status = end.code
-        except Reached:
-            status = GOES_ON
-        return status, capfd.readouterr().err
-
-    small_parts = trainer.Model.load
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setattr(trainer, "encode_prompts", reach)
-    monkeypatch.setattr(trainer.Model, "load", load)
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def error_line(text, status, expected=2):
-    """The one line, the last of standard error, in which a run that ended with `expected` says why."""
-    assert status == expected, f"{status}\n{text}"
-    assert "Traceback" not in text, text
-    lines = text.rstrip().splitlines() or [""]
-    assert [line for line in lines if ": error: " in line] == lines[-1:], text
-    assert len(lines[-1]) < 1500, text
-    return lines[-1]
+def answer(*argv, env=None):
+    """Runs the command line in this process until it would load weights."""
+    return run_here(*argv, env=env, load_weights=False)
 
 
 def snapshot(folder):
@@ -338,7 +297,7 @@ def test_a_folder_with_one_picture_of_the_corpus_trains_or_is_refused(number, ti
     argv = train_args(tiny_model, photos, tmp_path / "out", max_train_steps=8, random_flip=True)
     finished = fork_trainer(*argv, log=tmp_path / "log.txt", check=False, timeout=60)
     if finished.returncode:
-        assert name in error_line(finished.output, finished.returncode)
+        error_line(finished, name)
     assert (tmp_path / "out" / LORA).is_file() == (finished.returncode == 0)
     assert snapshot(photos) == before
 
@@ -347,8 +306,8 @@ def test_a_folder_with_one_picture_of_the_corpus_trains_or_is_refused(number, ti
 def test_a_damaged_picture_ends_a_typed_command_with_one_line_and_status_2(tiny_model, photos, tmp_path):
     (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
     argv = train_args(tiny_model, photos, tmp_path / "out")
-    finished = run_script(*argv, check=False)
-    assert "cat.png" in error_line(finished.stderr, finished.returncode)
+    finished = launch_script(*argv, check=False)
+    error_line(finished, "cat.png")
     assert not (tmp_path / "out").exists()
     launched = launch(*argv, check=False)
     assert launched.returncode != 0
@@ -358,10 +317,10 @@ def test_a_damaged_picture_ends_a_typed_command_with_one_line_and_status_2(tiny_
 @pytest.mark.parametrize(
     "name", ["two\nlines.jpg", "red\x1b[31m.jpg", "back\rwards.jpg", "\u202egpj.jpg", "\udcff.jpg"]
 )
-def test_a_strange_file_name_makes_one_printable_line(name, answer, tiny_model, photos, tmp_path):
+def test_a_strange_file_name_makes_one_printable_line(name, tiny_model, photos, tmp_path):
     (photos / name).write_bytes(b"broken")
-    status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
-    assert error_line(text, status).isprintable()
+    finished = answer(*train_args(tiny_model, photos, tmp_path / "out"))
+    assert error_line(finished).isprintable()
 
 
 def skip_the_check(trainer):
@@ -373,14 +332,14 @@ def test_a_picture_that_goes_bad_during_training_ends_it_with_one_line(workers, 
     (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
     argv = train_args(tiny_model, photos, tmp_path / "out", max_train_steps=12, dataloader_num_workers=workers)
     finished = fork_trainer(*argv, log=tmp_path / "log.txt", before=skip_the_check, check=False)
-    assert "cat.png" in error_line(finished.output, finished.returncode)
+    error_line(finished, "cat.png")
 
 
 @pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
-def test_a_config_that_shards_in_another_way_is_refused(library, answer, monkeypatch, tiny_model, photos, tmp_path):
-    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
-    status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
-    assert "configs/fsdp.yaml" in error_line(text, status)
+def test_a_config_that_shards_in_another_way_is_refused(library, tiny_model, photos, tmp_path):
+    env = {f"ACCELERATE_USE_{library}": "true"}
+    finished = answer(*train_args(tiny_model, photos, tmp_path / "out"), env=env)
+    error_line(finished, "configs/fsdp.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,16 +364,16 @@ def test_links_to_pictures_are_followed_and_others_left_out(photos, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cat.txt", "metadata.jsonl"])
-def test_a_link_in_the_place_of_a_caption_hangs_nothing(name, answer, tiny_model, photos, tmp_path):
+def test_a_link_in_the_place_of_a_caption_hangs_nothing(name, tiny_model, photos, tmp_path):
     (photos / name).symlink_to("/dev/zero")
-    status, _ = answer(train_args(tiny_model, photos, tmp_path / "out"))
-    assert status == GOES_ON
+    finished = answer(*train_args(tiny_model, photos, tmp_path / "out"))
+    assert finished.returncode == GOES_ON
 
 
-def test_a_loop_in_the_place_of_the_folder_is_refused(answer, tiny_model, tmp_path):
+def test_a_loop_in_the_place_of_the_folder_is_refused(tiny_model, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    status, text = answer(train_args(tiny_model, tmp_path / "loop", tmp_path / "out"))
-    assert f"--instance_data_dir {tmp_path / 'loop'}" in error_line(text, status)
+    finished = answer(*train_args(tiny_model, tmp_path / "loop", tmp_path / "out"))
+    error_line(finished, f"--instance_data_dir {tmp_path / 'loop'}")
 
 
 def deny_reading(trainer):
@@ -440,7 +399,7 @@ def test_what_may_not_be_read_is_named(place, tiny_model, shared_photos):
         (folder / "photos" / place).chmod(0)
         argv = train_args(folder / "model", folder / "photos", folder / "out")
         finished = fork_trainer(*argv, log=folder / "log.txt", before=deny_reading, check=False)
-        line = error_line(finished.output, finished.returncode)
+        line = error_line(finished)
         assert str(folder / "photos" / place) in line
 
 
@@ -496,11 +455,11 @@ BROKEN |= {f"caption {kind}": ("cat.txt", content) for kind, content in BROKEN_C
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_metadata_file_or_caption_is_refused_by_name(name, content, answer, tiny_model, photos, tmp_path):
+def test_a_broken_metadata_file_or_caption_is_refused_by_name(name, content, tiny_model, photos, tmp_path):
     path = photos / name
     path.write_bytes(content)
-    status, text = answer(train_args(tiny_model, photos, tmp_path / "out"))
-    assert str(path) in error_line(text, status)
+    finished = answer(*train_args(tiny_model, photos, tmp_path / "out"))
+    error_line(finished, str(path))
     assert path.read_bytes() == content
 
 
@@ -631,8 +590,8 @@ MALFORMED = [
     ({"resume_from_checkpoint": "/nothing"}, "resume_from_checkpoint /nothing"),
     ({"resume_from_checkpoint": ""}, "resume_from_checkpoint"),
     ({"push_to_hub": True, "hub_model_id": "not a/hub/id"}, "hub_model_id"),
-    ({"output_dir": "/etc/passwd"}, "output_dir /etc/passwd"),
-    ({"output_dir": "/proc/nothing"}, "output_dir /proc/nothing"),
+    ({"output_dir": "/etc/passwd"}, "output_dir '/etc/passwd'"),
+    ({"output_dir": "/proc/nothing"}, "output_dir '/proc/nothing'"),
     ({"no_such_flag": "1"}, "no_such_flag"),
     ({"lora": "1"}, "--lora"),
     ({"center_crop": "yes"}, "center_crop"),
@@ -645,10 +604,10 @@ def test_there_are_at_least_100_malformed_command_lines():
 
 @pytest.mark.parametrize(("flags", "named"), MALFORMED, ids=lambda value: str(value)[:50].replace("/", "|"))
 def test_a_malformed_command_line_is_refused_before_weights_are_loaded(
-    flags, named, answer, tiny_model, shared_photos, tmp_path
+    flags, named, tiny_model, shared_photos, tmp_path
 ):
-    status, text = answer(train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
-    assert named in error_line(text, status)
+    finished = answer(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
+    error_line(finished, named)
     assert not (tmp_path / "out").exists()
 
 
@@ -665,15 +624,15 @@ ARGUMENT_FILES = {
 
 
 @pytest.mark.parametrize("content", ARGUMENT_FILES.values(), ids=ARGUMENT_FILES)
-def test_a_malformed_argument_file_is_refused(content, answer, tiny_model, shared_photos, tmp_path):
+def test_a_malformed_argument_file_is_refused(content, tiny_model, shared_photos, tmp_path):
     path = tmp_path / "recipe.args"
     if content == "folder":
         path.mkdir()
     elif content is not None:
         path.write_bytes(content.replace(b"{path}", str(path).encode()))
     argv = train_args(tiny_model, shared_photos, tmp_path / "out")
-    status, text = answer([*argv, f"@{path}"])
-    line = error_line(text, status)
+    finished = answer(*argv, f"@{path}")
+    line = error_line(finished)
     assert any(name in line for name in (str(path), "--no_such_flag", "--rank", "--instance_data_dir", "a dog"))
 
 
@@ -701,23 +660,23 @@ QUANTIZATION = {
 
 @pytest.mark.parametrize("content", QUANTIZATION.values(), ids=QUANTIZATION)
 def test_a_malformed_quantization_file_is_refused_before_weights_are_loaded(
-    content, answer, tiny_model, shared_photos, tmp_path, monkeypatch
+    content, tiny_model, shared_photos, tmp_path, monkeypatch
 ):
     for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):  # as on a machine that has a GPU
         monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
     path = tmp_path / "quantization.json"
     path.write_bytes(content)
     flags = {"bnb_quantization_config_path": path}
-    status, text = answer(train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
-    line = error_line(text, status)
+    finished = answer(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
+    line = error_line(finished)
     assert "--bnb_quantization_config_path" in line and str(path) in line
 
 
 @pytest.mark.slow
 def test_a_malformed_command_typed_in_a_shell_ends_with_one_line_and_status_2(tiny_model, photos, tmp_path):
     argv = train_args(tiny_model, photos, tmp_path / "out", lora_layers="to_x")
-    finished = run_script(*argv, check=False)
-    assert "to_x" in error_line(finished.stderr, finished.returncode)
+    finished = launch_script(*argv, check=False)
+    error_line(finished, "to_x")
     assert not (tmp_path / "out").exists()
 
 
@@ -741,10 +700,10 @@ def model(tiny_model, tmp_path):
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def refusal(answer, model, photos, tmp_path):
+def refusal(model, photos, tmp_path):
     """The line in which the model is refused, which happens before weights are loaded."""
-    status, text = answer(train_args(model, photos, tmp_path / "out"))
-    line = error_line(text, status)
+    finished = answer(*train_args(model, photos, tmp_path / "out"))
+    line = error_line(finished)
     assert str(model) in line
     assert not (tmp_path / "out").exists()
     return line
@@ -755,30 +714,30 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_a_pipeline_without_a_component_is_refused(component, answer, model, shared_photos, tmp_path):
+def test_a_pipeline_without_a_component_is_refused(component, model, shared_photos, tmp_path):
     shutil.rmtree(model / component)
-    assert component in refusal(answer, model, shared_photos, tmp_path)
+    assert component in refusal(model, shared_photos, tmp_path)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_a_component_that_is_an_empty_folder_is_refused(component, answer, model, shared_photos, tmp_path):
+def test_a_component_that_is_an_empty_folder_is_refused(component, model, shared_photos, tmp_path):
     shutil.rmtree(model / component)
     (model / component).mkdir()
-    assert component in refusal(answer, model, shared_photos, tmp_path)
+    assert component in refusal(model, shared_photos, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "", "null"], ids=["cut", "list", "empty", "null"])
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_a_component_with_a_broken_config_is_refused(content, component, answer, model, shared_photos, tmp_path):
+def test_a_component_with_a_broken_config_is_refused(content, component, model, shared_photos, tmp_path):
     (model / component / CONFIGS[component]).write_text(content)
-    refusal(answer, model, shared_photos, tmp_path)
+    refusal(model, shared_photos, tmp_path)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
-def test_a_component_without_its_weights_is_refused(component, answer, model, shared_photos, tmp_path):
+def test_a_component_without_its_weights_is_refused(component, model, shared_photos, tmp_path):
     for path in (model / component).glob("*.safetensors"):
         path.unlink()
-    assert component in refusal(answer, model, shared_photos, tmp_path)
+    assert component in refusal(model, shared_photos, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -793,28 +752,28 @@ def test_a_component_without_its_weights_is_refused(component, answer, model, sh
         ("vae", {"latent_channels": 4}),
     ],
 )
-def test_a_component_of_another_pipeline_is_refused(component, wrong, answer, model, shared_photos, tmp_path):
+def test_a_component_of_another_pipeline_is_refused(component, wrong, model, shared_photos, tmp_path):
     edit(model / component / CONFIGS[component], **wrong)
-    refusal(answer, model, shared_photos, tmp_path)
+    refusal(model, shared_photos, tmp_path)
 
 
-def test_another_pipeline_is_refused(answer, model, shared_photos, tmp_path):
+def test_another_pipeline_is_refused(model, shared_photos, tmp_path):
     edit(model / "model_index.json", _class_name="FluxPipeline")
-    assert "FluxPipeline" in refusal(answer, model, shared_photos, tmp_path)
+    assert "FluxPipeline" in refusal(model, shared_photos, tmp_path)
 
 
-def test_a_folder_without_an_index_is_refused(answer, model, shared_photos, tmp_path):
+def test_a_folder_without_an_index_is_refused(model, shared_photos, tmp_path):
     (model / "model_index.json").unlink()
-    assert "model_index.json" in refusal(answer, model, shared_photos, tmp_path)
+    assert "model_index.json" in refusal(model, shared_photos, tmp_path)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(answer, model, shared_photos, tmp_path):
+def test_a_tokenizer_without_a_chat_template_is_refused(model, shared_photos, tmp_path):
     for path in (model / "tokenizer").glob("chat_template*"):
         path.unlink()
     config = json.loads((model / "tokenizer" / "tokenizer_config.json").read_text("utf-8"))
     config.pop("chat_template", None)
     (model / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    assert "tokenizer" in refusal(answer, model, shared_photos, tmp_path)
+    assert "tokenizer" in refusal(model, shared_photos, tmp_path)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
@@ -831,4 +790,4 @@ def test_damaged_weights_end_the_run_with_one_line(damage, component, model, pho
         save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     argv = train_args(model, photos, tmp_path / "out")
     finished = fork_trainer(*argv, log=tmp_path / "log.txt", check=False)
-    assert component in error_line(finished.output, finished.returncode)
+    error_line(finished, component)
