@@ -49,7 +49,7 @@ def run_with_sleeps(script, seconds, flags):
         starts.append(time.perf_counter())
         time.sleep(seconds)
         ends.append(time.perf_counter())
-        return 0 * next(p for p in transformer.parameters() if p.requires_grad).sum()
+        return 0 * sum(parameter.sum() for parameter in transformer.parameters() if parameter.requires_grad)
 
     trainer.training_loss = training_loss
     sys.argv = [str(script), *flags]
