@@ -221,7 +221,6 @@ def run_trainer(argv, log, before, env, cwd):
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a trainer that was started by itself
     gc.freeze()  # what was imported before the fork is no garbage: collections need not look at it
     import train_dreambooth_lora_z_image as trainer
 

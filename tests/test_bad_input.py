@@ -327,10 +327,10 @@ def skip_the_check(trainer):
     trainer.verify_pictures = lambda examples: None
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_goes_bad_during_training_ends_it_with_one_line(workers, tiny_model, photos, tmp_path):
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_picture_that_goes_bad_during_training_ends_it_with_one_line(threads, tiny_model, photos, tmp_path):
     (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
-    argv = train_args(tiny_model, photos, tmp_path / "out", max_train_steps=12, dataloader_num_workers=workers)
+    argv = train_args(tiny_model, photos, tmp_path / "out", max_train_steps=12, dataloader_num_workers=threads)
     finished = fork_trainer(*argv, log=tmp_path / "log.txt", before=skip_the_check, check=False)
     error_line(finished, "cat.png")
 

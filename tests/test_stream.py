@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from kill_test import TrainerProcess, bit_identical, fork_trainer
+from kill_test import bit_identical
+from running import TrainerProcess, fork_trainer
 from tiny import train_args
 
 

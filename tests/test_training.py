@@ -151,7 +151,6 @@ def resident_memory(arguments):
 def answer(sender, function, arguments):
     """What a run's process does: call the function and send back what it gives, or how it failed."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the loader's processes: else they import everything anew
     gc.freeze()  # the trainer collects garbage between its stages: not in all that was imported
     try:
         sender.send((True, function(arguments)))
@@ -707,7 +706,7 @@ def test_the_loss_is_logged_as_it_is_and_shown_smoothed(caplog):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), is_main_process=True, log=lambda metrics, step: logged.append(metrics["loss"])
     )
-    plan = SimpleNamespace(max_train_steps=4, updates_per_epoch=4)
+    plan = SimpleNamespace(max_train_steps=4, samples_per_epoch=4, samples_seen=lambda step: step)
     progress = trainer.Progress(plan, 0, accelerator)
     losses = [1.0, 1.0, 5.0, math.inf]
     with caplog.at_level("INFO", logger=trainer.logger.name):
