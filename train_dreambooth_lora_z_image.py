@@ -594,6 +594,10 @@ def build_parser() -> OneLineErrorParser:
         help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
     add("--caption_prefix", metavar="TEXT",
         help="Put before every caption of an instance picture that does not begin with it: a trigger word.")
+    add("--masked_loss", action="store_true",
+        help="Weigh each picture's loss by its alpha channel, or by photo-masklabel.png: white is what matters.")
+    add("--unmasked_weight", type=fraction, default=0.1, metavar="W",
+        help="What the rest weighs, as a fraction of that. Default: 0.1.")
     add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
     add("--resolution", type=resolutions, default=(1024,), metavar="PIXELS",
         help="Side of the training pictures, or several: 512,768,1024 trains each picture at each. Default: 1024.")
@@ -754,6 +758,29 @@ def list_buckets(args: argparse.Namespace) -> list[Size] | None:
     return None if args.use_aspect_ratio_buckets else [(round_size(min(args.resolution)),) * 2]
 
 
+def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
+    """The training size of a picture of `size`.
+
+    With `buckets`, the one nearest in shape (ties: in area). Without, the nearest in shape of a ladder computed for
+    `resolution`, or for the largest smaller resolution whose bucket the picture fills without being enlarged.
+    """
+    height, width = size
+
+    def distance(bucket: Size) -> tuple[float, int]:
+        shape = abs(math.log(height / width) - math.log(bucket[0] / bucket[1]))
+        return round(shape, 6), abs(height * width - bucket[0] * bucket[1])
+
+    if buckets:
+        return min(buckets, key=distance)
+    for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
+        if smallest_area(side) > height * width:
+            continue
+        bucket = min(bucket_ladder(side), key=distance)
+        if bucket[0] <= height and bucket[1] <= width:
+            return bucket
+    return (SIZE_MULTIPLE, SIZE_MULTIPLE)
+
+
 def hub_repository(args: argparse.Namespace) -> str:
     """The repository's name on the Hub, with or without its owner."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
@@ -855,6 +882,8 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
         lines.append(
             f"--logit_mean {args.logit_mean:g} means {noise} noise, as in the SD3 paper; some trainers flip it"
         )
+    if args.unmasked_weight != 0.1 and not args.masked_loss:
+        lines.append("--unmasked_weight has no effect without --masked_loss")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
         lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant: take constant_with_warmup")
     return lines
@@ -866,6 +895,7 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
 
 
 Source = Path | Callable[[], bytes]  # a picture's file, or a function that returns its bytes
+Caption = tuple[str, Path | str]  # a text, and where it comes from: a file, or a flag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -876,7 +906,8 @@ class Example:
     name: str  # what messages call it
     source: Source
     caption: str
-    origin: Path | str  # of the caption: a file, or a flag
+    origin: Path | str  # of the caption
+    mask: Path | str | None  # with --masked_loss, where the weights of its loss are: a file, or its "alpha" channel
     size: Size  # of the upright picture
     bucket: Size  # of the picture as it is trained
     repeats: int  # how often it counts in an epoch
@@ -885,7 +916,7 @@ class Example:
 Examples = dict[str, list[Example]]  # by kind
 
 
-def read_metadata(folder: Path, column: str | None) -> dict[str, tuple[str, Path | str]]:
+def read_metadata(folder: Path, column: str | None) -> dict[str, Caption]:
     """{file name in the folder: (its caption or '', the file that says so)} by the folder's METADATA file, if any.
 
     The caption is the row's `column`, or else the first of CAPTION_FIELDS that it has. Raises UserError.
@@ -980,9 +1011,10 @@ def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, 
     return ImageOps.invert(grey) if tags.get(262) == 0 else grey
 
 
-def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image:
+def decode_image(name: str, source: Source, side: int = MAX_SIDE, with_alpha: bool = False) -> Image.Image:
     """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent.
 
+    A transparent one `with_alpha` is RGBA, and on white all the same.
     One of more than `side`² pixels is made smaller first, so that converting it costs little. Raises UserError.
     """
     with open_picture(name, source) as image:
@@ -1004,67 +1036,50 @@ def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image
                     ImageCms.createProfile("sRGB"),
                     outputMode="RGBA" if image.mode == "RGBA" else "RGB",
                 )
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode != "RGBA":
+            return image.convert("RGB")
+        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if with_alpha:
+            on_white.putalpha(image.getchannel("A"))
+        return on_white
 
 
 def picture_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [H, W, 3]."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    """A picture as uint8 [H, W, 3], or [H, W, 1] where it is grey."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
 
 
 def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
     """Scale a picture to cover `bucket`, cut it there, and mirror it if `flip`. Returns [3, H, W] in [-1, 1].
 
     `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
-    so that a picture of extreme shape costs no more memory than another.
+    so that a picture of extreme shape costs no more memory than another. Of an RGBA picture, [4, H, W] with the mask.
     """
-    image = ImageOps.fit(image, bucket[::-1], Image.Resampling.LANCZOS, centering=tuple(crop[::-1]))
-    if flip:
-        image = ImageOps.mirror(image)
-    pixels = picture_tensor(image).permute(2, 0, 1).float() / 127.5 - 1
-    assert pixels.shape == (3, *bucket)
-    return pixels
-
-
-def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
-    """The training size of a picture of `size`.
-
-    With `buckets`, the one nearest in shape (ties: in area). Without, the nearest in shape of a ladder computed for
-    `resolution`, or for the largest smaller resolution whose bucket the picture fills without being enlarged.
-    """
-    height, width = size
-
-    def distance(bucket: Size) -> tuple[float, int]:
-        shape = abs(math.log(height / width) - math.log(bucket[0] / bucket[1]))
-        return round(shape, 6), abs(height * width - bucket[0] * bucket[1])
-
-    if buckets:
-        return min(buckets, key=distance)
-    for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
-        if smallest_area(side) > height * width:
-            continue
-        bucket = min(bucket_ladder(side), key=distance)
-        if bucket[0] <= height and bucket[1] <= width:
-            return bucket
-    return (SIZE_MULTIPLE, SIZE_MULTIPLE)
+    size, centering = bucket[::-1], tuple(crop[::-1])
+    layers = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=centering)]
+    if image.mode == "RGBA":
+        layers.append(ImageOps.fit(image.getchannel("A"), size, Image.Resampling.BOX, centering=centering))
+    pixels = torch.cat([picture_tensor(layer) for layer in layers], dim=2).permute(2, 0, 1).float() / 127.5 - 1
+    assert pixels.shape[1:] == bucket
+    return pixels.flip(2) if flip else pixels
 
 
 def make_example(
-    kind: str, name: str, source: Source, caption: str, origin: Path | str, repeats: int, args: argparse.Namespace
+    kind: str, name: str, source: Source, caption: Caption, mask: Path | None, repeats: int, args: argparse.Namespace
 ) -> Example:
     """The example of a picture, from its header alone, captioned by the prompt if not itself. Raises UserError."""
-    if not caption:
+    text, origin = caption
+    if not text:
         flag = "class_prompt" if kind == "class" else "instance_prompt"
-        caption, origin = getattr(args, flag) or "", f"--{flag}"
+        text, origin = getattr(args, flag) or "", f"--{flag}"
     prefix = args.caption_prefix or ""
-    if kind != "class" and not caption.startswith(prefix.strip()):
-        caption = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + caption
+    if kind != "class" and not text.startswith(prefix.strip()):
+        text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
     size = picture_size(name, source)
     bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
     repeats = repeats * args.repeats if kind == "instance" else 1
-    return Example(kind, name, source, caption, origin, size, bucket, repeats)
+    mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
+    return Example(kind, name, source, text, origin, mask, size, bucket, repeats)
 
 
 def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:
@@ -1093,14 +1108,15 @@ def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:
         raise UserError(f"--caption_column needs {folder / METADATA[0]}: make it, or leave the flag out")
     examples = []
     for path, (repeats, words) in sorted(pictures.items()):
-        caption, origin = captions.get(path, ("", ""))
+        caption = captions.get(path, ("", ""))
         for name in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt"):
             file = files(path.parent).get(comparable(name))
-            if not caption and file and os.path.isfile(file):
-                caption, origin = read_text(file), file
-        if not caption and args.instance_prompt is None and kind != "class":
-            caption, origin = words.strip(), "the names of folders"
-        examples.append(make_example(kind, str(path), path, caption, origin, repeats, args))
+            if not caption[0] and file and os.path.isfile(file):
+                caption = read_text(file), file
+        if not caption[0] and args.instance_prompt is None and kind != "class":
+            caption = words.strip(), "the names of folders"
+        mask = files(path.parent).get(comparable(path.stem + MASK_ENDING))
+        examples.append(make_example(kind, str(path), path, caption, mask, repeats, args))
     return examples
 
 
@@ -1145,10 +1161,12 @@ def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
     examples = []
     for index, (caption, path) in enumerate(zip(captions, paths, strict=True)):
         file = PurePosixPath((path or "").split("::")[0]).name
+        if comparable(file).endswith(MASK_ENDING):
+            continue
         name = f"{dataset}[{index}]" + (f" ({file})" if file else "")
         source = functools.partial(read_dataset_picture, data, column, index)
-        caption, origin = clean_caption(caption, name), f"the column {args.caption_column}"
-        examples.append(make_example("instance", name, source, caption, origin, 1, args))
+        caption = clean_caption(caption, name), f"the column {args.caption_column}"
+        examples.append(make_example("instance", name, source, caption, None, 1, args))
     return examples
 
 
@@ -1181,10 +1199,24 @@ def add_resolutions(examples: list[Example], args: argparse.Namespace) -> list[E
     return added
 
 
+def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
+    """An example's picture in RGB; with the mask of its loss, where it has one, in RGBA. Raises UserError."""
+    if example.mask is None:
+        return decode_image(example.name, example.source, side)
+    image = decode_image(example.name, example.source, with_alpha=True)
+    if isinstance(example.mask, Path):
+        image.putalpha(decode_image(str(example.mask), example.mask).convert("L").resize(image.size))
+    elif image.mode == "RGB":
+        image.putalpha(255)
+    if image.getextrema()[3][1] == 0:
+        raise UserError(f"--masked_loss: the mask of {example.name} is black everywhere: make white what matters")
+    return image
+
+
 def verify_pictures(examples: list[Example]) -> None:
     """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
     for example in examples:
-        decode_image(example.name, example.source, CHECKED_SIDE)
+        load_picture(example, CHECKED_SIDE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1686,12 +1718,18 @@ def load_vae(run: Run) -> AutoencoderKL:
 def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
 
+    Of pictures with a mask, [B, 4, H, W], [B, C + 1, h, w]: the mask's mean over each latent, in [0, 1], comes last.
     One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
     """
+    pixels, masks = pixels.to(run.accelerator.device).split([3, pixels.shape[1] - 3], dim=1)
     with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.to(run.accelerator.device).split(1)])
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.split(1)])
     assert latents.shape == (len(pixels), *run.pipeline.latent_shape(pixels.shape[2:]))
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    if masks.shape[1]:
+        means = torch.nn.functional.avg_pool2d(masks / 2 + 0.5, run.pipeline.vae_scale_factor)
+        latents = torch.cat([latents, means], dim=1)
+    return latents
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1735,26 +1773,27 @@ def draw_crop(example: Example, args: argparse.Namespace, *draw: Any) -> tuple[f
 
 
 def load_pixels(example: Example, crop: tuple[float, float], flip: bool) -> Tensor:
-    """An example's picture, cut to its bucket, as [3, H, W] in [-1, 1]."""
-    return fit_to_bucket(decode_image(example.name, example.source), example.bucket, crop, flip)
+    """An example's picture, cut to its bucket, as [3, H, W] in [-1, 1]; with a mask, [4, H, W]."""
+    return fit_to_bucket(load_picture(example), example.bucket, crop, flip)
 
 
 def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool], Tensor]:
-    """{(example, flip): latents [C, h, w] on the CPU} of these examples, each encoded by one of the processes."""
+    """{(example, flip): latents [C, h, w] on the CPU, with a mask [C + 1, h, w]}, each encoded by one process."""
     cache = EncodingCache(run.args.encoding_cache_dir)
     vae, encoded = None, []
     for number, example in run.own_part(list(enumerate(examples))):
         content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: latents can be reused
         crop = "center" if run.args.center_crop or example.kind == "held-out" else "drawn"
         for flip in (False, True) if run.args.random_flip and example.kind != "held-out" else (False,):
-            key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, flip)
+            mask = file_digest(example.mask) if isinstance(example.mask, Path) else example.mask
+            key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, flip, mask)
             latents = cache.get(key)
             if latents is None:
                 vae = vae or load_vae(run)
                 pixels = load_pixels(example, draw_crop(example, run.args, content), flip)
                 latents = encode_images(vae, pixels[None], run)[0].cpu()
                 cache.put(key, latents)
-            assert latents.shape == run.pipeline.latent_shape(example.bucket)
+            assert latents.shape[1:] == run.pipeline.latent_shape(example.bucket)[1:]
             encoded.append((number, flip, latents))
     del vae
     release_memory()
@@ -2273,8 +2312,8 @@ class MicroBatch:
     sigmas: Tensor  # [B], noise level in (0, 1]
     weights: Tensor  # [B], of each sample's loss in the update
     prompt_embeds: list[Tensor]  # B of [L, D]
-    latents: Tensor | None = None  # [B, C, h, w]
-    pixels: Tensor | None = None  # [B, 3, H, W] in [-1, 1]
+    latents: Tensor | None = None  # [B, C, h, w]; with masks [B, C + 1, h, w]
+    pixels: Tensor | None = None  # [B, 3, H, W] in [-1, 1]; with masks [B, 4, H, W]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The micro-batch with each of its tensors changed."""
@@ -2327,15 +2366,30 @@ def predict_velocity(
     return velocity
 
 
+def mask_weights(masks: Tensor, unmasked_weight: float) -> Tensor:
+    """Weights of the squared errors, with a mean of 1 for each sample, from masks [B, 1, h, w] in [0, 1].
+
+    A crop in which nothing weighs anything has weights of 0: nothing is learned from it.
+    """
+    weights = unmasked_weight + (1 - unmasked_weight) * masks
+    return weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+
+
 def flow_matching_loss(
-    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str
+    velocity: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    sigmas: Tensor,
+    weighting_scheme: str,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
     """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
 
-    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
+    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0. `weights`, of masks,
+    [B, 1, h, w].
     """
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    losses = weighting * (velocity - (noise - latents)).square().flatten(1).mean(1)
+    losses = weighting * (weights * (velocity - (noise - latents)).square()).flatten(1).mean(1)
     assert losses.shape == (len(latents),) and losses.dtype == torch.float32
     return losses
 
@@ -2350,13 +2404,15 @@ def training_loss(
     """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
     noise, sigmas, weights = batch.noise, batch.sigmas, batch.weights
     latents = encode_images(vae, batch.pixels, run) if batch.latents is None else batch.latents
+    latents, masks = latents.split([noise.shape[1], latents.shape[1] - noise.shape[1]], dim=1)
     assert latents.shape == noise.shape and weights.shape == sigmas.shape == (len(latents),)
     level = sigmas[:, None, None, None]
     noisy_latents = (1 - level) * latents + level * noise
     prompt_embeds = [embed.to(run.weight_dtype) for embed in batch.prompt_embeds]
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme)
+    by_mask = mask_weights(masks, run.args.unmasked_weight) if masks.shape[1] else 1.0
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme, by_mask)
     return (weights * losses).sum()
 
 
@@ -3360,9 +3416,12 @@ def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
     origins = Counter(f"{e.origin.suffix.lower()} files" if isinstance(e.origin, Path) else e.origin for e in examples)
     lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
     lines.append("  captions: " + ", ".join(f"{number} from {origin}" for origin, number in origins.items()))
+    if masked := [e for e in examples if e.mask]:
+        files = sum(isinstance(e.mask, Path) for e in masked)
+        lines.append(f"  masks of the loss: {files} from files, of the others from alpha channels")
     if folder:
         read = {Path(folder), *(place for place, _ in places)}
-        used = {path for e in examples for path in (e.source, e.origin)}.union(
+        used = {path for e in examples for path in (e.source, e.origin, e.mask)}.union(
             read, *(place.parents for place in read)
         )
         left_out = [
@@ -3432,7 +3491,8 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
 # Flags that decide the mathematics of a run, by themselves.
 # fmt: off
 MATHEMATICS = [
-    "repeats", "center_crop", "random_flip", "max_sequence_length", "caption_dropout", "cache_latents",
+    "repeats", "masked_loss", "unmasked_weight", "center_crop", "random_flip", "max_sequence_length",
+    "caption_dropout", "cache_latents",
     "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
@@ -3461,6 +3521,9 @@ def make_fingerprint(examples: Examples, missing_class_images: int, plan: Traini
             "total batch size": plan.total_batch_size,
             "pictures": digest_of(data),
             "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
+            "masks": digest_of(
+                [file_digest(e.mask) for es in examples.values() for e in es if isinstance(e.mask, Path)]
+            ),
             "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
             "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
             "lora_layers": digest_of(run.lora.modules),

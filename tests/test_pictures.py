@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import train_args
+from running import fork_trainer
+from tiny import lora_tensors, train_args
 
 
 def read(folder, **flags):
@@ -468,3 +470,159 @@ def test_held_out_pictures_that_are_trained_on_are_named_and_save_best_refuses_t
     assert "copy.png" in caplog.text and "c.png" not in caplog.text
     message = check(tmp_path / "dog", save_best=True, **flags)
     assert "--save_best" in message and "copy.png" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def half_masked(path, size=(48, 32)):
+    """A picture whose left half is opaque, the rest transparent."""
+    image = Image.new("RGBA", size, (200, 30, 60, 0))
+    image.paste((200, 30, 60, 255), (0, 0, size[0] // 2, size[1]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def masked_examples(folder, **flags):
+    return read(folder, masked_loss=True, instance_prompt="x", **flags)["instance"]
+
+
+@pytest.mark.parametrize("unmasked", [0, 0.1, 0.5, 1])
+def test_what_a_mask_leaves_out_moves_the_weights_by_a_fraction_of_the_rest(unmasked):
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[0, :, :, :1], masks[1, :, :3] = 1, 1
+    weights = trainer.mask_weights(masks, unmasked)
+    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(2))
+    velocity = torch.zeros(2, 16, 4, 4, requires_grad=True)
+    losses = trainer.flow_matching_loss(
+        velocity, torch.ones(2, 16, 4, 4), torch.zeros(2, 16, 4, 4), torch.full((2,), 0.5), "none", weights
+    )
+    losses.sum().backward()
+    for gradient, mask in zip(velocity.grad.abs(), masks.expand(2, 16, 4, 4), strict=True):
+        assert torch.allclose(gradient[mask == 0], unmasked * gradient[mask == 1].max())
+        assert gradient[mask == 1].min() == gradient[mask == 1].max() > 0
+
+
+def test_a_crop_in_which_nothing_weighs_anything_teaches_nothing():
+    assert trainer.mask_weights(torch.zeros(1, 1, 4, 4), 0.0).tolist() == torch.zeros(1, 1, 4, 4).tolist()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("crop", "inside"), [(0.0, 24), (0.5, 16), (1.0, 8)])
+def test_a_mask_is_cropped_and_flipped_with_its_picture(crop, inside, flip, tmp_path):
+    half_masked(tmp_path / "a.png")
+    (example,) = masked_examples(tmp_path)
+    pixels = trainer.fit_to_bucket(trainer.load_picture(example), (32, 32), (0.5, crop), flip)
+    expected = torch.full((32, 32), -1.0)
+    expected[:, :inside] = 1
+    assert pixels.shape == (4, 32, 32)
+    assert torch.equal(pixels[3], expected.flip(1) if flip else expected)
+
+
+def test_a_mask_becomes_the_mean_over_each_latent(tiny_model):
+    from test_compile import make_run
+
+    run = make_run(tiny_model)
+    vae, pixels = trainer.load_vae(run), torch.zeros(1, 4, 32, 32)
+    pixels[:, 3] = -1
+    pixels[:, 3, :4, 16:] = 1
+    latents = trainer.encode_images(vae, pixels, run)
+    expected = torch.zeros(4, 4)
+    expected[0, 2:] = 0.5
+    assert torch.equal(latents[0, 16], expected)
+    assert torch.equal(latents[:, :16], trainer.encode_images(vae, pixels[:, :3], run))
+
+
+@pytest.mark.parametrize("name", ["a-masklabel.png", "a-masklabel.PNG"])
+def test_a_mask_may_be_a_file_of_another_size(name, tmp_path):
+    paint(tmp_path / "a.jpg", size=(64, 64))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(tmp_path / name)
+    (example,) = masked_examples(tmp_path)
+    alpha = np.asarray(trainer.load_picture(example).getchannel("A"))
+    assert (alpha[:, :28] > 250).all() and (alpha[:, 36:] < 5).all()
+
+
+def test_pictures_without_a_mask_weigh_1_everywhere(tmp_path):
+    paint(tmp_path / "a.jpg")
+    (example,) = masked_examples(tmp_path)
+    pixels = trainer.fit_to_bucket(trainer.load_picture(example), (16, 16), (0.5, 0.5), False)
+    assert trainer.mask_weights(pixels[None, 3:] / 2 + 0.5, 0.1).unique().tolist() == [1.0]
+
+
+def test_the_colours_of_a_masked_picture_are_those_without_the_flag(tmp_path):
+    path = half_masked(tmp_path / "a.png")
+    (example,) = masked_examples(tmp_path)
+    assert trainer.load_picture(example).convert("RGB").tobytes() == trainer.decode_image("a", path).tobytes()
+
+
+@pytest.mark.parametrize("masked_loss", [False, True])
+def test_a_mask_is_never_a_training_picture(masked_loss, tmp_path):
+    paint(tmp_path / "a.jpg")
+    for name in ("a-masklabel.png", "b-masklabel.png"):
+        paint(tmp_path / name, 255, mode="L")
+    assert list(captions(tmp_path, masked_loss=masked_loss, instance_prompt="x")) == ["a.jpg"]
+    flags = {"dataset_name": tmp_path, "cache_dir": tmp_path / "cache", "masked_loss": masked_loss}
+    (example,) = read(None, instance_prompt="x", **flags)["instance"]
+    assert "a.jpg" in example.name
+
+
+@pytest.mark.parametrize("way", ["file", "alpha"])
+def test_a_mask_that_leaves_nothing_is_named(way, tmp_path):
+    if way == "file":
+        paint(tmp_path / "a.png")
+        paint(tmp_path / "a-masklabel.png", 0, mode="L")
+    else:
+        paint(tmp_path / "a.png", (1, 2, 3, 0), mode="RGBA")
+    with pytest.raises(trainer.UserError) as error:
+        trainer.verify_pictures(masked_examples(tmp_path))
+    assert "--masked_loss" in str(error.value) and "a.png" in str(error.value)
+
+
+def test_class_pictures_have_masks_of_their_own_and_held_out_pictures_none(tmp_path):
+    half_masked(tmp_path / "dog" / "a.png")
+    paint(tmp_path / "class" / "b.jpg")
+    paint(tmp_path / "class" / "b-masklabel.png", 255, mode="L")
+    half_masked(tmp_path / "held-out" / "c.png", (16, 16))
+    flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a dog"}
+    flags["validation_data_dir"] = tmp_path / "held-out"
+    examples = read(tmp_path / "dog", masked_loss=True, instance_prompt="x", **flags)
+    modes = {kind: trainer.load_picture(example).mode for kind, (example,) in examples.items()}
+    assert modes == {"instance": "RGBA", "class": "RGBA", "held-out": "RGB"}
+    assert examples["class"][0].mask == tmp_path / "class" / "b-masklabel.png"
+
+
+def test_a_changed_mask_is_not_taken_from_the_cache_and_is_another_run(tiny_model, tmp_path):
+    from test_compile import make_run
+
+    paint(tmp_path / "dog" / "a.png", size=(32, 32))
+    found, fingerprints = [], []
+    for value in (255, 100, 255):
+        mask = Image.new("L", (32, 32), 255)
+        mask.paste(value, (0, 0, 16, 32))
+        mask.save(tmp_path / "dog" / "a-masklabel.png")
+        run = make_run(tiny_model, pictures=tmp_path / "dog", masked_loss=True, encoding_cache_dir=tmp_path / "cache")
+        run.accelerator.mixed_precision = "no"
+        examples = trainer.load_all_examples(run.args)
+        (latents,) = trainer.cache_latents(examples["instance"], run).values()
+        found.append(latents)
+        fingerprints.append(trainer.make_fingerprint(examples, 0, trainer.TrainingPlan(examples, run), run)["masks"])
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+
+
+def test_masks_weigh_alike_whether_latents_are_cached_or_not(tiny_model, tmp_path):
+    for name in ("a.png", "b.png"):
+        half_masked(tmp_path / "dog" / name)
+    results = []
+    for number, flags in enumerate([{}, {"cache_latents": True}, {"unmasked_weight": 1}]):
+        flags = {"masked_loss": True, "center_crop": True, "max_train_steps": 3, "upcast_before_saving": True, **flags}
+        fork_trainer(*train_args(tiny_model, tmp_path / "dog", tmp_path / str(number), **flags))
+        results.append(lora_tensors(tmp_path / str(number)))
+    plain, cached, unweighted = results
+    assert all(torch.allclose(plain[name], cached[name], atol=1e-5) for name in plain)
+    assert any(not torch.allclose(plain[name], unweighted[name], atol=1e-4) for name in plain)
