@@ -906,11 +906,11 @@ class Example:
     name: str  # what messages call it
     source: Source
     caption: str
-    origin: Path | str  # of the caption
-    mask: Path | str | None  # with --masked_loss, where the weights of its loss are: a file, or its "alpha" channel
     size: Size  # of the upright picture
     bucket: Size  # of the picture as it is trained
     repeats: int  # how often it counts in an epoch
+    origin: Path | str = ""  # of the caption
+    mask: Path | str | None = None  # of --masked_loss: a file, or the picture's "alpha" channel
 
 
 Examples = dict[str, list[Example]]  # by kind
@@ -1079,7 +1079,7 @@ def make_example(
     bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
     repeats = repeats * args.repeats if kind == "instance" else 1
     mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
-    return Example(kind, name, source, text, origin, mask, size, bucket, repeats)
+    return Example(kind, name, source, text, size, bucket, repeats, origin, mask)
 
 
 def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:

@@ -42,6 +42,9 @@ DEFAULTS = {
     "dataset_config_name": None,
     "image_column": "image",
     "caption_column": None,
+    "caption_prefix": None,
+    "masked_loss": False,
+    "unmasked_weight": 0.1,
     "repeats": 1,
     "with_prior_preservation": False,
     "class_data_dir": None,
@@ -370,7 +373,7 @@ def test_neither_source_of_pictures_is_named(model_without_weights, tmp_path):
     error_line(finished, "--instance_data_dir", "--dataset_name")
 
 
-@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "instance_prompt"])
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "instance_prompt"])  # no picture has a caption
 def test_a_required_flag_that_is_missing_is_named(flag, model_without_weights, photos, tmp_path):
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", **{flag: None}))
     error_line(finished, f"--{flag}")
