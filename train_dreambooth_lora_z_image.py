@@ -93,6 +93,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -110,7 +111,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -559,6 +560,8 @@ def build_parser() -> OneLineErrorParser:
 
     add = parser.add_argument_group("Model and precision").add_argument
     add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="Z-Image: a local folder or a Hub id.")
+    add("--transformer_path", metavar="FILE",
+        help="The transformer from one safetensors file, as ComfyUI and model sites give it (bf16, fp16, fp8).")
     add("--revision", help="Branch, tag or commit of the model on the Hub.")
     add("--variant", help="Variant of the weight files, for example fp16.")
     add("--cache_dir", help="Where models and data sets from the Hub are downloaded to.")
@@ -686,7 +689,7 @@ def build_parser() -> OneLineErrorParser:
     add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
     add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
     add("--validation_model_path", metavar="MODEL",
-        help="Draw them with the LoRA on this Z-Image model, for example Turbo, not on the one in training.")
+        help="Draw them with the LoRA on this Z-Image model or transformer file (Turbo), not on the one in training.")
     add("--validation_data_dir", metavar="DIR",
         help="Held-out pictures, captioned like the others: their loss is logged beside the base model's.")
     add("--save_best", action="store_true", help="Keep the LoRA of the lowest held-out loss in best/ as well.")
@@ -1238,6 +1241,7 @@ class PipelineInfo:
     vae_scale_factor: int
     latent_channels: int
     identity: dict[str, str | None]  # {component: digest of its content}; None where it is not downloaded
+    transformer_file: Path | None = None  # in place of the folder's transformer
 
     def latent_shape(self, bucket: Size) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that size."""
@@ -1257,14 +1261,15 @@ class PipelineInfo:
             return component
 
 
-def component_identity(path: str, component: str, variant: str | None) -> str | None:
+def component_identity(path: str, component: str, variant: str | None, file: Path | None = None) -> str | None:
     """A digest of what a component computes, the same wherever and however its files came here.
 
     Of each weight file: its header, its size, and 64 KiB at 16 evenly spaced places; of the rest, all configuration
-    that is not about where it came from. None where there are no weights.
+    that is not about where it came from. `file` is in the weight files' place. None where there are no weights.
     """
     patterns = [f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"]
-    files = next(filter(None, (sorted(Path(path, component).glob(pattern)) for pattern in patterns)), [])
+    folders = (sorted(Path(path, component).glob(pattern)) for pattern in patterns)
+    files = [file] if file else next(filter(None, folders), [])
     if not files:
         return None
     places, length = 16, 2**16
@@ -1297,7 +1302,11 @@ def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
         if args.dry_run:  # weights are not needed for the plan
             patterns = ["*.json", "*/*.json", "tokenizer/*"]
             return snapshot_download(name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=patterns)
-        return DiffusionPipeline.download(name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+        where, without = {"revision": args.revision, "cache_dir": args.cache_dir}, {}
+        if args.transformer_path:
+            snapshot_download(name, **where, allow_patterns=["transformer/config.json"])
+            without = {"transformer": None}
+        return DiffusionPipeline.download(name, **where, **without, variant=args.variant)
 
 
 def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> PipelineInfo:
@@ -1335,6 +1344,11 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     if not configs["tokenizer"].chat_template:
         raise UserError(f"{flag}: its tokenizer has no chat template")
     identity = {part: component_identity(path, part, args.variant) for part in ("transformer", "vae", "text_encoder")}
+    file = args.transformer_path and Path(args.transformer_path)
+    if file:
+        with user_errors("--transformer_path", UserError):
+            safetensors_header(file)
+        identity["transformer"] = component_identity(path, "transformer", args.variant, file)
     if None in identity.values() and Path(name).is_dir():
         lacking = next(part for part, digest in identity.items() if digest is None)
         raise UserError(f"{flag}: its {lacking} has no weights")
@@ -1353,7 +1367,9 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     channels = vae["latent_channels"]
-    return PipelineInfo(name, path, args.variant, transformer, vae, text_config, scheduler, factor, channels, identity)
+    return PipelineInfo(
+        name, path, args.variant, transformer, vae, text_config, scheduler, factor, channels, identity, file
+    )
 
 
 Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
@@ -1429,11 +1445,13 @@ def validation_pipeline(run: Run) -> PipelineInfo:
     name = run.args.validation_model_path
     if name is None:
         return run.pipeline
+    if Path(name).is_file() or name.endswith(".safetensors"):
+        return dataclasses.replace(run.pipeline, transformer_file=Path(name))
     with user_errors("--validation_model_path", UserError, OSError, ValueError):
         path, parts = name, ["transformer/*", "scheduler/*"]
         if not Path(name).is_dir():
             path = snapshot_download(name, cache_dir=run.args.cache_dir, allow_patterns=parts)
-        other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None)
+        other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None)
         return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
 
 
@@ -1983,12 +2001,76 @@ def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
         block.compile(fullgraph=True)
 
 
+WEIGHT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+SCALES = ("scale_weight", "weight_scale")  # of float8 weights, in ComfyUI's older and newer form
+BESIDE_WEIGHTS = (*SCALES, "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+MODEL_KINDS = {"lora_": "a LoRA, which is for --init_lora or --base_adapter", "control_": "a ControlNet",
+               "double_blocks.": "FLUX", "joint_blocks.": "Stable Diffusion 3", "input_blocks.": "Stable Diffusion",
+               "self_attn.": "a text encoder", "decoder.": "a VAE"}  # fmt: skip
+
+
+def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = None) -> State:
+    """The weights in `pipeline.transformer_file`, under diffusers' names; without `dtype`, on the meta device.
+
+    Those of float8 are multiplied by their scales. A file's pages are not copied where it has the type already.
+    Raises UserError where the file holds anything but this pipeline's transformer.
+    """
+    path, header = pipeline.transformer_file, safetensors_header(pipeline.transformer_file)
+    metadata = header.pop("__metadata__", {})
+    last = "noise_refiner.0.attention_norm1.weight"
+    prefix = next((name.removesuffix(last) for name in header if f".{name}".endswith(f".{last}")), None)
+    if prefix is None:
+        kind = next((kind for part, kind in MODEL_KINDS.items() if any(part in name for name in header)), None)
+        raise UserError(f"{path} is {kind or f'another model: it holds {next(iter(header))}'}, not Z-Image")
+    names = [name for name in header if name.startswith(prefix) and not name.endswith(BESIDE_WEIGHTS)]
+    state, layers = {}, json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+    with safe_open(path, framework="pt") as file:
+        # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
+        notes = [bytes(file.get_tensor(name).tolist()) for name in header if name.endswith(".comfy_quant")]
+        formats = {layer.get("format") for layer in (*layers.values(), *map(json.loads, notes))}
+        formats = formats - {"float8_e4m3fn", "float8_e5m2"} | {header[name]["dtype"] for name in names} - WEIGHT_TYPES
+        if formats:
+            raise UserError(f"{path} stores weights as {', '.join(map(str, formats))}: give a bf16, fp16 or fp8 file")
+        for name in names:
+            if dtype is None:
+                state[name.removeprefix(prefix)] = torch.empty(header[name]["shape"], device="meta")
+                continue
+            weight = file.get_tensor(name)
+            for scale in (name.removesuffix("weight") + end for end in SCALES):
+                if scale in header:  # one number, or one for each row
+                    weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)
+            state[name.removeprefix(prefix)] = weight.to(dtype)
+    if "all_x_embedder.2-1.weight" not in state:
+        state = convert_z_image_transformer_checkpoint_to_diffusers(state)
+    with torch.device("meta"):
+        expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
+    for name in sorted(expected.keys() ^ state.keys()):
+        raise UserError(f"{path} is another model: it {'lacks' if name in expected else 'holds'} {name}")
+    for name, weight in state.items():
+        if weight.shape != expected[name].shape:
+            sizes = f"{list(weight.shape)}, not {list(expected[name].shape)}"
+            raise UserError(f"{path} is a model of another size: its {name} is {sizes}")
+    if dtype is None and any(not name.startswith(prefix) for name in header.keys() - {"scaled_fp8"}):
+        logger.info(f"{path} holds more than the transformer: that alone is taken")
+    return state
+
+
+def load_transformer_weights(pipeline: PipelineInfo, dtype: torch.dtype, **kwargs: Any) -> ZImageTransformer2DModel:
+    """A pipeline's transformer, of its folder or of one file. Raises UserError."""
+    if pipeline.transformer_file is None:
+        return pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype, **kwargs)
+    kwargs["device"] = kwargs.pop("device_map", {"": "cpu"})[""]
+    where = {"config": pipeline.path, "subfolder": "transformer", "torch_dtype": dtype}
+    with user_errors(f"{pipeline.transformer_file} cannot be loaded"):
+        return ZImageTransformer2DModel.from_single_file(read_transformer_file(pipeline, dtype), **where, **kwargs)
+
+
 def load_transformer(run: Run) -> ZImageTransformer2DModel:
     """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
     args, device = run.args, run.accelerator.device
     quantization = quantization_config(run)
     kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    transformer = run.pipeline.load(ZImageTransformer2DModel, "transformer", dtype=run.weight_dtype, **kwargs)
+    transformer = load_transformer_weights(run.pipeline, run.weight_dtype, **kwargs)
     transformer.requires_grad_(False)
     if args.base_model_precision in ("fp8", "int8"):
         quantize(transformer, args.base_model_precision, device)
@@ -2699,7 +2781,7 @@ def load_drawing_transformer(pipeline: PipelineInfo, dtype: torch.dtype | None, 
     if dtype is None:
         transformer = load_transformer(dataclasses.replace(run, pipeline=pipeline))
     else:
-        transformer = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype).requires_grad_(False)
+        transformer = load_transformer_weights(pipeline, dtype).requires_grad_(False)
     if run.sharded or dtype:
         transformer.to(run.accelerator.device)
     return transformer.eval()
@@ -3928,7 +4010,13 @@ def main(args: argparse.Namespace) -> None:
     # These are needed later; mistakes in them end the run here, before anything is loaded.
     check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    validation_pipeline(run)
+    for flag, part in {
+        "--transformer_path": run.pipeline,
+        "--validation_model_path": validation_pipeline(run),
+    }.items():
+        if getattr(args, flag[2:]) and part.transformer_file:
+            with user_errors(flag, UserError):
+                read_transformer_file(part)
     if args.base_adapter:
         read_base_adapter(args, linear_layers(pipeline.transformer_config))
 

@@ -1,6 +1,7 @@
 """What people bring along and take away: LoRAs of other programs, whole transformers in a file, the files written."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -272,3 +273,197 @@ def test_a_finished_run_without_checkpoints_says_how_to_train_its_lora_on(warm_s
     flags = {"init_lora": path, "learning_rate": 1e-9, "max_train_steps": 1, "resume_from_checkpoint": "latest"}
     finished = run_script(*train_args(tiny_model, shared_photos, out, upcast_before_saving=True, **flags))
     assert f"give --init_lora {out} and another --output_dir" in finished.output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A transformer in one file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def original_names(state):
+    """A transformer under the original model's names, as ComfyUI keeps it: q, k and v in one matrix."""
+    renamed = {
+        name.replace("all_x_embedder.2-1", "x_embedder")
+        .replace("all_final_layer.2-1", "final_layer")
+        .replace("attention.norm_", "attention.")
+        .replace("attention.q.", "attention.q_norm.")
+        .replace("attention.k.", "attention.k_norm.")
+        .replace("to_out.0", "out"): tensor
+        for name, tensor in state.items()
+    }
+    for name in [name for name in renamed if name.endswith("to_q.weight")]:
+        block = name.removesuffix("to_q.weight")
+        renamed[f"{block}qkv.weight"] = torch.cat(
+            [renamed.pop(f"{block}to_{projection}.weight") for projection in "qkv"]
+        )
+    return renamed
+
+
+def with_prefix(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def in_float8(state, scale_name, rowwise=False):
+    """Matrices as float8 and their scale; vectors stay as they are."""
+    stored = {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and name.startswith(("layers.", "noise_refiner.", "context_refiner.")):
+            largest = tensor.abs().amax(1, keepdim=True) if rowwise else tensor.abs().max()
+            scale = largest.float() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + scale_name] = scale
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def comfy_quant(state, form):
+    note = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    return {n.replace("weight_scale", "comfy_quant"): note for n in state if n.endswith("weight_scale")}
+
+
+def older_scaled_float8(state):
+    return in_float8(original_names(state), "scale_weight") | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+
+
+def newer_scaled_float8(state, rowwise=False):
+    stored = in_float8(original_names(state), "weight_scale", rowwise)
+    inputs = {name.replace("weight_scale", "input_scale"): torch.ones(()) for name in stored if "weight_scale" in name}
+    return stored | comfy_quant(stored, "float8_e4m3fn") | inputs
+
+
+def to(dtype):
+    return lambda state: {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def whole_checkpoint(state):
+    rest = {"vae.decoder.conv_in.weight": torch.ones(2), "text_encoders.qwen3_4b.model.norm.weight": torch.ones(2)}
+    return with_prefix(original_names(state), "model.diffusion_model.") | rest
+
+
+FORMS = {  # {form: (how it is made, how far its weights may be from the original's)}
+    "diffusers' names": (lambda state: state, 0),
+    "a prefix before diffusers' names": (lambda state: with_prefix(state, "model.diffusion_model."), 0),
+    "the original's names, fused": (original_names, 0),
+    "the original's last norm, which is not used": (
+        lambda state: original_names(state) | {"norm_final.weight": torch.ones(48)},
+        0,
+    ),
+    "ComfyUI's prefix": (lambda state: with_prefix(original_names(state), "diffusion_model."), 0),
+    "a whole checkpoint": (whole_checkpoint, 0),
+    "bf16": (lambda state: original_names(to(torch.bfloat16)(state)), 2**-8),
+    "fp16": (to(torch.float16), 2**-10),
+    "plain fp8": (lambda state: original_names(to(torch.float8_e4m3fn)(state)), 2**-3),
+    "scaled fp8, older": (older_scaled_float8, 2**-4),
+    "scaled fp8, newer": (newer_scaled_float8, 2**-4),
+    "scaled fp8 by rows": (lambda state: newer_scaled_float8(state, rowwise=True), 2**-4),
+    "scaled fp8, diffusers' names and a prefix": (
+        lambda state: with_prefix(in_float8(state, "weight_scale"), "model.diffusion_model."),
+        2**-4,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model):
+    return trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
+
+
+def in_one_file(tiny_model, config, path):
+    """What PipelineInfo is for a transformer in one file, as far as loading asks."""
+    return SimpleNamespace(path=str(tiny_model), transformer_file=path, transformer_config=config)
+
+
+def save(state, path, metadata=None):
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_form_of_file_gives_the_same_transformer(form, dtype, weights, config, tiny_model, tmp_path):
+    make, tolerance = FORMS[form]
+    pipeline = in_one_file(tiny_model, config, save(make(weights), tmp_path / "model.safetensors"))
+    shapes = trainer.read_transformer_file(pipeline)
+    assert all(tensor.is_meta for tensor in shapes.values())
+    loaded = trainer.load_transformer_weights(pipeline, dtype).state_dict()
+    assert loaded.keys() == weights.keys() == shapes.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == dtype
+        allowed = tolerance + (2**-8 if dtype == torch.bfloat16 else 0)
+        assert (tensor.float() - weights[name]).norm() <= allowed * weights[name].norm(), name
+
+
+def test_a_file_of_anything_else_is_refused_for_what_it_is(weights, config, tiny_model, tmp_path):
+    def refusal(state, metadata=None):
+        pipeline = in_one_file(tiny_model, config, save(state, tmp_path / "model.safetensors", metadata))
+        with pytest.raises(trainer.UserError) as error:
+            trainer.read_transformer_file(pipeline)
+        return str(error.value)
+
+    one = torch.ones(2, 2)
+    kinds = {
+        "transformer.layers.0.attention.to_q.lora_A.weight": "a LoRA, which is for --init_lora",
+        "control_noise_refiner.0.attention_norm1.weight": "a ControlNet",
+        "double_blocks.0.img_attn.qkv.weight": "FLUX",
+        "model.diffusion_model.input_blocks.0.0.weight": "Stable Diffusion",
+        "model.layers.0.self_attn.q_proj.weight": "a text encoder",
+        "decoder.conv_in.weight": "a VAE",
+        "blocks.0.ffn.0.weight": "another model: it holds blocks.0.ffn.0.weight",
+    }
+    for name, kind in kinds.items():
+        assert f"model.safetensors is {kind}" in refusal({name: one})
+    scaled = in_float8(original_names(weights), "weight_scale")
+    for form in ("nvfp4", "mxfp8", "int8_tensorwise"):
+        assert f"stores weights as {form}: give" in refusal(scaled | comfy_quant(scaled, form))
+        layers = {"layers": {"layers.0.attention.qkv": {"format": form}}}
+        assert f"stores weights as {form}: give" in refusal(scaled, {"_quantization_metadata": json.dumps(layers)})
+    assert "stores weights as I8: give" in refusal(weights | {f"{ATTENTION}.to_q.weight": one.to(torch.int8)})
+    lacking = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
+    assert "another model: it lacks layers.1." in refusal(original_names(lacking))
+    assert "another model: it holds siglip.weight" in refusal(weights | {"siglip.weight": one})
+    assert "another size: its layers.0.attention.to_q.weight is [2, 2], not [48, 48]" in refusal(
+        weights | {f"{ATTENTION}.to_q.weight": one}
+    )
+
+
+def test_a_run_on_a_transformer_in_one_file_needs_no_other_and_its_content_is_the_runs_identity(
+    weights, tiny_model, shared_photos, tmp_path
+):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in (model / "transformer").glob("*.safetensors"):
+        file.unlink()
+    path = save(whole_checkpoint(weights), tmp_path / "model.safetensors")
+    flags = {"transformer_path": path, "checkpointing_steps": 1}
+    for name, pipeline, options in (("one", model, flags), ("folder", tiny_model, {})):
+        finished = run_script(*train_args(pipeline, shared_photos, tmp_path / name, **options))
+        assert ("holds more than the transformer: that alone is taken" in finished.output) == (name == "one")
+    one, folder = lora_tensors(tmp_path / "one"), lora_tensors(tmp_path / "folder")
+    assert one.keys() == folder.keys() and all(torch.equal(one[name], folder[name]) for name in one)
+    save(original_names({name: 2 * tensor for name, tensor in weights.items()}), path)
+    resumed = train_args(model, shared_photos, tmp_path / "one", resume_from_checkpoint="latest", **flags)
+    finished = run_script(*resumed, check=False)
+    assert finished.returncode == 2 and "transformer was " in finished.stderr
+
+
+def test_validation_pictures_come_from_a_transformer_in_one_file(weights, tiny_model, shared_photos, tmp_path):
+    path = save(
+        original_names({name: 1.5 * tensor for name, tensor in weights.items()}), tmp_path / "other.safetensors"
+    )
+    flags = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_num_inference_steps": 2}
+    pictures = []
+    for name, other in (("other", path), ("own", None)):
+        flags |= {"skip_final_inference": False, "validation_model_path": other, "max_train_steps": 1}
+        run_script(*train_args(tiny_model, shared_photos, tmp_path / name, **flags))
+        (picture,) = (tmp_path / name / "samples").glob("*-000001-prompt-0-image-0.png")
+        pictures.append(picture.read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("flag", ["transformer_path", "validation_model_path"])
+def test_a_file_that_cannot_be_used_is_one_line_and_exit_status_2(flag, tiny_model, shared_photos, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"GGUF" + bytes(100))
+    flags = {flag: tmp_path / "model.safetensors"}
+    finished = run_script(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags), check=False)
+    assert finished.returncode == 2
+    assert f"error: --{flag}: {tmp_path / 'model.safetensors'} is a GGUF file: give" in finished.stderr
