@@ -43,6 +43,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -59,7 +60,9 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path, PurePosixPath
+from string import Template
 from typing import Any, NoReturn, TypeVar
 
 
@@ -104,13 +107,15 @@ from diffusers.training_utils import (
     generate_aspect_ratio_buckets,
     offload_models,
 )
+from diffusers.utils import make_image_grid
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -374,10 +379,10 @@ def put_in_place(part: Path, path: Path) -> None:
     rename(part, path)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+def save_picture(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a PNG or JPEG, whole or not at all."""
     part = path.with_suffix(".part")
-    image.save(part, format="PNG")
+    image.save(part, format="PNG" if path.suffix == ".png" else "JPEG", **options)
     put_in_place(part, path)
 
 
@@ -2881,110 +2886,106 @@ def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, s
             tracker.tracker.log_image(f"{key}/{step}.png", picture)
 
 
-def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int = 4) -> list[str]:
-    """Lines of `text` that are at most `width` pixels wide, broken at spaces and between Chinese characters."""
-    lines = [""]
-    for piece in re.findall(r"\s+|[\u2e80-\uffef][,.:;!?\u3001-\u3011\uff00-\uff1f]*|[^\s\u2e80-\uffef]+", text[:500]):
-        if lines[-1] and font.getlength(lines[-1] + piece) > width:
-            lines.append("")
-            piece = piece.lstrip()
-        for character in piece:  # a word can be longer than a line
-            if font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines[max_lines - 1 :] = [last.rstrip() + "..."]
-    return [line.rstrip() for line in lines]
-
-
-def missing_glyphs(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
-    """The characters of `text` for which a font has no picture."""
-    absent = bytes(font.getmask("\uffff"))
-    return {character for character in text if not character.isspace() and bytes(font.getmask(character)) == absent}
-
-
-def caption_font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """The font that lacks the fewest characters of `text`: Pillow's own, or one of the system's for Chinese."""
-    fonts = [ImageFont.load_default(size)]
-    for folder in ("/usr/share/fonts", os.path.expanduser("~/.fonts"), "/System/Library/Fonts", "C:/Windows/Fonts"):
-        for pattern in ("*Sans*CJK*Regular*", "*CJK*", "wqy*", "PingFang*", "msyh*", "simhei*", "DroidSansFallback*"):
-            for path in sorted(Path(folder).rglob(pattern + ".[ot]t[cf]")):
-                if missing_glyphs(fonts[-1], text):
-                    with contextlib.suppress(OSError):
-                        fonts.append(ImageFont.truetype(str(path), size))
-    return min(fonts, key=lambda font: len(missing_glyphs(font, text)))
-
-
-def save_sheet(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str], path: Path) -> None:
-    """Save pictures as a labelled grid: large ones at 256 pixels, small ones enlarged until labels can be read."""
-    size = max(rows[0][0].size)
-    side = min(256, size * math.ceil(128 / size))
-    resample = Image.Resampling.NEAREST if side > size else Image.Resampling.BICUBIC
-    font = caption_font(max(11, side // 14), "".join(column_labels))
-    labels = [" ".join(label.split()) or "(empty)" for label in column_labels]
-    unreadable = [2 * len(missing_glyphs(font, label)) > len(set(label)) for label in labels]
-    if any(unreadable):  # no font here has these characters: numbers then, and the prompts in a text beside
-        path.with_name("prompts.txt").write_text("\n".join(column_labels) + "\n", encoding="utf-8")
-    labels = [f"prompt {n} (see prompts.txt)" if unreadable[n] else label for n, label in enumerate(labels)]
-    margin, line = round(max(map(font.getlength, row_labels)) + font.size), round(1.3 * font.size)
-    lines = [wrap_text(label, font, side - font.size // 2) for label in labels]
-    top = line * max(map(len, lines)) + line // 2
-    sheet = Image.new("RGB", (margin + side * len(column_labels), top + side * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, wrapped in enumerate(lines):
-        for number, text in enumerate(wrapped):
-            draw.text((margin + column * side + 2, number * line), text, "black", font)
-    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
-        draw.text((2, top + row * side + side // 2), label, "black", font)
-        for column, image in enumerate(images):
-            sheet.paste(ImageOps.contain(image, (side, side), resample), (margin + column * side, top + row * side))
-    save_picture(sheet, path)
-
-
-def thumbnail(file: Path) -> Image.Image:
-    """A saved picture at no more than the size that it has in a sheet."""
-    with Image.open(file) as image:
-        image.load()
-    image.thumbnail((256, 256))
-    return image
-
-
-def save_contact_sheet(folder: Path, prompts: list[str]) -> None:
-    """Save the first picture of every prompt at every validation so far: steps down, prompts across."""
-    steps = sorted({path.name[5:11] for path in folder.glob("step-*-prompt-0-image-0.png")})
-    rows = {
-        f"step {int(step)}": [folder / f"step-{step}-prompt-{prompt}-image-0.png" for prompt in range(len(prompts))]
-        for step in steps
-    }
-    rows = {label: files for label, files in rows.items() if all(file.is_file() for file in files)}
-    images = [[thumbnail(file) for file in files] for files in rows.values()]
-    save_sheet(images, list(rows), prompts, folder / "contact-sheet.png")
-
-
 def save_validation_images(
-    images: dict[tuple[int, int], Image.Image], prompts: list[str], step: int, run: Run
+    images: dict[tuple[int, int], Image.Image], prompts: list[str], step: int, held_out: float | None, run: Run
 ) -> list[Path]:
-    """Save pictures {(prompt, number): picture} and their sheets, and send them to the trackers; returns the files."""
-    output, folder = OutputFolder(run.args.output_dir), Path(run.args.output_dir, "samples")
-    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
-    files = {job: folder / f"{kind}-{step:06d}-prompt-{job[0]}-image-{job[1]}.png" for job in sorted(images)}
-    for job, file in files.items():
-        with output.writing(f"samples/{file.name}"):
-            save_picture(images[job], file)
-    rows = [
-        [images[prompt, number] for prompt in range(len(prompts))] for number in range(run.args.num_validation_images)
-    ]
-    save_sheet(rows, [f"#{number}" for number in range(len(rows))], prompts, folder / f"sheet-{step:06d}.png")
-    if kind == "step":
-        save_contact_sheet(folder, prompts)
+    """Save pictures {(prompt, number): picture} and send them to the trackers; returns the files."""
+    args, output, files = run.args, OutputFolder(run.args.output_dir), []
+    kind = "step" if prompts == validation_prompts(args) else "final"  # of --final_validation_prompt
+    for (prompt, number), image in sorted(images.items()):
+        name, small, text = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}", image.copy(), PngInfo()
+        steps = f", {args.validation_num_inference_steps} steps" if args.validation_num_inference_steps else ""
+        settings = f"{image.width} x {image.height}, guidance {args.guidance_scale:g}{steps}"
+        about = {"prompt": prompts[prompt], "settings": settings, "seed": run.seed + number, "held_out_loss": held_out}
+        text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
+        small.thumbnail((256, 256))
+        with output.writing(f"samples/thumbnails/{name}.jpg") as file:
+            save_picture(small, file, quality=90)
+        with output.writing(f"samples/{name}.png") as file:
+            save_picture(image, file, pnginfo=text)
+        files.append(file)
     for prompt, text in enumerate(prompts):
-        side_by_side = torch.cat([picture_tensor(row[prompt]) for row in rows], dim=1).numpy()
+        pictures = [picture_tensor(images[prompt, number]) for number in range(args.num_validation_images)]
         for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, text, side_by_side, step)
-    return list(files.values())
+            log_picture(tracker, prompt, text, torch.cat(pictures, dim=1).numpy(), step)
+    return files
+
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1, minimum-scale=1">$refresh
+<title>$title</title>
+<style>
+  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+  h1, body > p { position: sticky; left: 8px; max-width: calc(100vw - 16px); overflow-wrap: anywhere; }
+  th, td { padding: 4px; text-align: start; vertical-align: top; font-weight: normal; }
+  th { position: sticky; left: 0; background: Canvas; }
+  tr:first-child th { left: auto; top: 0; z-index: 1; }
+  th p { margin: 0; max-height: 7em; overflow: auto; overflow-wrap: anywhere; }
+  td div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; width: min(256px, 60vw); }
+  a:only-child { grid-column: 1 / 3; }
+  img { display: block; width: 100%; }
+</style>
+<h1>$title</h1>
+<p>$status <a href="#newest">Newest pictures</a></p>
+<table>
+<tr><th></th>$heads</tr>
+$rows
+</table>
+<p id="newest"></p>
+""")
+
+
+def read_samples(folder: Path, last_step: int) -> list[dict[str, Any]]:
+    """What the pictures of all validations up to `last_step` say of themselves, in order."""
+    samples = []
+    for file in folder.glob("*-prompt-*.png"):
+        order = tuple(map(int, re.findall(r"\d+", file.name)))  # step, prompt, picture
+        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
+            about = json.loads(image.info["validation"])
+            column = (about["prompt"], about["settings"])
+            samples.append({"order": order, "step": order[0], "name": file.stem, "column": column, **about})
+    return sorted((sample for sample in samples if sample["step"] <= last_step), key=operator.itemgetter("order"))
+
+
+def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> None:
+    """Save the first pictures of the last 20 validations as one: steps down, prompts across."""
+    names = {(sample["step"], sample["column"]): sample["name"] for sample in reversed(samples)}
+    steps, columns, grid = sorted({step for step, _ in names})[-20:], dict.fromkeys(s["column"] for s in samples), []
+    for key in itertools.product(steps, columns):
+        blank = Image.new("RGB", (256, 256), "white")
+        image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
+        grid.append(ImageOps.pad(image, blank.size, color="white"))
+    with output.writing("samples/contact-sheet.png") as file:
+        save_picture(make_image_grid(grid, len(steps), len(columns)), file)
+
+
+def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
+    """Write `index.html` and `contact-sheet.png`, anew each time from what the pictures say of themselves."""
+    samples, rows = read_samples(output.path / "samples", last_step), []
+    columns = dict.fromkeys(sample["column"] for sample in samples)
+    for step, row in itertools.groupby(samples, operator.itemgetter("step")):
+        cells, loss = dict.fromkeys(columns, ""), ""
+        for sample in row:
+            picture = f'<img src="thumbnails/{sample["name"]}.jpg" alt=""><small>seed {sample["seed"]}</small>'
+            cells[sample["column"]] += f'<a href="{sample["name"]}.png">{picture}</a>'
+            if sample["held_out_loss"] is not None:
+                loss = f"<br>held-out loss&nbsp;{sample['held_out_loss']:.4f}"
+        pictures = "".join(f"<td><div>{cell}</div></td>" for cell in cells.values())
+        rows.append(f"<tr><th>step&nbsp;{step}{loss}</th>{pictures}</tr>")
+    page = PAGE.substitute(
+        title=escape(output.path.absolute().name),
+        status=status,
+        refresh='<meta http-equiv="refresh" content="30">' if running else "",
+        heads="".join(f'<th><p dir="auto">{escape(a)}</p><small>{escape(b)}</small></th>' for a, b in columns),
+        rows="\n".join(rows),
+    )
+    with output.writing("samples/index.html") as file:
+        part = file.with_suffix(".part")
+        part.write_text(page, encoding="utf-8")
+        put_in_place(part, file)
+    if tracked := [sample for sample in samples if sample["name"].startswith("step")]:  # by --validation_prompt
+        save_contact_sheet(tracked, output)
 
 
 def draw_jobs(
@@ -3006,7 +3007,7 @@ def draw_jobs(
         own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
         for prompt, number in own if transformer else []:
             with optional("Drawing a picture"):
-                generator = seeded_generator(run.seed, "validation", number)
+                generator = torch.Generator().manual_seed(run.seed + number)
                 latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, run)
                 drawn[prompt, number] = latents[0]
     return drawn
@@ -3015,16 +3016,15 @@ def draw_jobs(
 def draw_validation_images(
     transformer: ZImageTransformer2DModel,
     prompts: list[str],
-    step: int,
     prompt_embeds: dict[str, Tensor],
     stop: StopSignal,
     run: Run,
-) -> list[Path]:
-    """Draw pictures of the prompts with the model as it stands, save them in `samples/`, send them to the trackers.
+) -> dict[tuple[int, int], Image.Image]:
+    """Draw pictures of the prompts with the model as it stands: {(prompt, number): picture}.
 
     Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation. Returns the pictures' files, on the main process;
-    none where a process cannot draw, for want of memory for example, or is asked to stop.
+    Picture i of a prompt has the same noise at every validation, that of the run's seed plus i in `ZImagePipeline`.
+    None are returned where a process cannot draw, for want of memory for example, or is asked to stop.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
     pipeline, drawing, images = validation_pipeline(run), transformer, []
@@ -3041,10 +3041,7 @@ def draw_validation_images(
     release_memory()
     drawn = list(zip(drawn, images))
     images = dict(drawn if run.sharded else gather_object(drawn))
-    if run.accelerator.is_main_process and len(images) == len(jobs):
-        with optional("Saving the pictures"):
-            return save_validation_images(images, prompts, step, run)
-    return []
+    return images if len(images) == len(jobs) else {}
 
 
 HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
@@ -3101,6 +3098,7 @@ class Validation:
 
     def __call__(self, step: int, final: bool = False) -> list[Path]:
         """Validate at `step`; returns the files of the pictures, on the main process."""
+        losses = {"": None}
         if self.base is not None:
             with eval_mode(self.transformer):
                 losses = held_out_loss(self.transformer, self.data, self.run)
@@ -3114,12 +3112,26 @@ class Validation:
                 output = OutputFolder(self.run.args.output_dir)
                 with optional("best/"), output.writing(f"best/{LORA_FILE}") as file:
                     save_lora(self.transformer, file.parent, self.run.saving_dtype)
-        prompts = validation_prompts(self.run.args, final)
-        if not prompts:
-            return []
-        return draw_validation_images(
-            self.transformer, prompts, step, self.data.plan.prompt_embeds, self.stop, self.run
-        )
+        prompts, files = validation_prompts(self.run.args, final), []
+        if prompts:
+            embeds = self.data.plan.prompt_embeds
+            images = draw_validation_images(self.transformer, prompts, embeds, self.stop, self.run)
+            if images and self.run.accelerator.is_main_process:
+                with optional("Saving the pictures"):
+                    files = save_validation_images(images, prompts, step, losses[""], self.run)
+            self.write_page(step)
+        return files
+
+    def write_page(self, step: int, end: str = "") -> None:
+        """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has."""
+        args, now = self.run.args, time.strftime("%Y-%m-%d %H:%M:%S %z")
+        if not (self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True))):
+            return
+        status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
+        if not end:
+            status += " Nothing says that the run has ended: if that was long ago, it may have stopped."
+        with optional("samples/index.html"):
+            write_gallery(OutputFolder(args.output_dir), step, status, running=not end)
 
     def summary(self) -> str:
         """What was learned, in numbers, as a line; nothing without held-out pictures."""
@@ -4063,6 +4075,7 @@ def main(args: argparse.Namespace) -> None:
         validation = Validation(state.transformer, state.held_out, data, stop, run)
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
+        validation.write_page(state.step)
         pictures, stopped_by = [], train(state, data, validation, fingerprint, stop, run)
 
         # The result. Once the LoRA is saved, nothing that comes after it may end the run in another way
@@ -4072,6 +4085,8 @@ def main(args: argparse.Namespace) -> None:
             accelerator.wait_for_everyone()
             with optional("The last validation"):
                 pictures = validation(plan.max_train_steps, final=True)
+    end = "Stopped, to go on with --resume_from_checkpoint latest:" if stopped_by else "The run ended"
+    validation.write_page(state.step, end)
     if accelerator.is_main_process and not stopped_by:
         with optional("The model card"):
             write_model_card(run, pictures)

@@ -278,7 +278,7 @@ def test_push_to_hub_uploads_the_lora_its_card_its_pictures_and_the_comfyui_file
     out, files = runs["pushed"].out, hub.repositories["someone/private-dog"].files
     expected = {"pytorch_lora_weights.safetensors", "README.md", "comfyui/pushed.safetensors"}
     expected |= {path.relative_to(out).as_posix() for path in (out / "samples").glob("*.png")}
-    assert expected <= set(files) <= expected | {"samples/prompts.txt", "comfyui/private-dog.safetensors"}
+    assert expected <= set(files) <= expected | {"comfyui/private-dog.safetensors"}
     assert "samples/contact-sheet.png" in files and (out / "checkpoint-1").is_dir() and (out / "logs").is_dir()
     assert files["samples/contact-sheet.png"] == (out / "samples" / "contact-sheet.png").read_bytes()
 

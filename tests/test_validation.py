@@ -4,7 +4,6 @@ The runs are of a few steps in this process; several tests look at the same ones
 `ZImagePipeline` itself draws from the same noise.
 """
 
-import itertools
 import os
 import pickle
 import random
@@ -13,6 +12,7 @@ import resource
 import statistics
 from collections import Counter
 from dataclasses import replace
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 from transformers import Qwen3Model
 
 import train_dreambooth_lora_z_image as trainer
@@ -70,13 +70,44 @@ def pixels(file):
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def cells(sheet):
-    """A sheet's pictures, which are enlarged there to 128 pixels and fill it from the lower right corner."""
-    sheet, factor = pixels(sheet), -(-128 // SIDE)
-    cell = factor * SIDE
-    rows, columns = sheet.shape[0] // cell, sheet.shape[1] // cell
-    lower = sheet[-rows * cell :, -columns * cell :]
-    return lower.reshape(rows, cell, columns, cell, 3).swapaxes(1, 2)[:, :, ::factor, ::factor]
+def thumbnails(sheet):
+    """The pictures of a contact sheet as an array [rows, columns, 256, 256, 3]."""
+    sheet = pixels(sheet)
+    rows, columns = sheet.shape[0] // 256, sheet.shape[1] // 256
+    assert sheet.shape == (rows * 256, columns * 256, 3)
+    return sheet.reshape(rows, 256, columns, 256, 3).swapaxes(1, 2)
+
+
+class Page(HTMLParser):
+    """What a reader sees of `samples/index.html`, and where its links lead.
+
+    rows: the texts of each row's cells, the first row being the heads; links: {(step, column): [(file, thumbnail)]}.
+    """
+
+    def __init__(self, out):
+        super().__init__()
+        self.folder, self.rows, self.links, self.tags, self.words = out / "samples", [], {}, Counter(), []
+        self.html = (self.folder / "index.html").read_text(encoding="utf-8")
+        self.feed(self.html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags[tag] += 1
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        elif tag == "img":
+            step = int(re.match(r"step\s(\d+)", self.rows[-1][0]).group(1))
+            self.links.setdefault((step, len(self.rows[-1]) - 2), []).append((self.link, attributes["src"]))
+        if tag == "a":
+            self.link = attributes["href"]
+
+    def handle_data(self, text):
+        self.words.append(text)
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += text
 
 
 def draw_with_pipeline(model, prompt, number=0, lora=None, guidance_scale=5.0, **components):
@@ -85,7 +116,6 @@ def draw_with_pipeline(model, prompt, number=0, lora=None, guidance_scale=5.0, *
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora)
-    noise = torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=trainer.seeded_generator(0, "validation", number))
     picture = pipeline(
         prompt,
         negative_prompt="",
@@ -93,7 +123,7 @@ def draw_with_pipeline(model, prompt, number=0, lora=None, guidance_scale=5.0, *
         width=SIDE,
         num_inference_steps=2,
         guidance_scale=guidance_scale,
-        latents=noise,
+        generator=torch.Generator().manual_seed(number),  # the run's seed is 0
     ).images[0]
     return np.asarray(picture)
 
@@ -119,7 +149,7 @@ def held_out(shared_photos, tmp_path_factory):
     """Two pictures that are not trained on, one with a caption of its own."""
     folder = tmp_path_factory.mktemp("held-out")
     for name in ("coffee.jpg", "rocket_tall.jpg"):
-        (folder / name).write_bytes((shared_photos / name).read_bytes())
+        ImageOps.mirror(Image.open(shared_photos / name)).save(folder / name)
     (folder / "coffee.txt").write_text("a cup of sks coffee", encoding="utf-8")
     return folder
 
@@ -136,19 +166,19 @@ def plain(tiny_model, shared_photos, tmp_path_factory):
 def validated(tiny_model, shared_photos, held_out, tmp_path_factory):
     """The same run with everything that validation has; its output, and what was watched on the way.
 
-    loads: how often each model was loaded; untouched: {step: whether the random states were left alone}; validation:
-    the object, with the model as the run left it.
+    loads: how often each model was loaded; untouched: {step: whether the random states were left alone}; pages: {step:
+    the page after it}; validation: the object, with the model as the run left it.
     """
     out, prompts = tmp_path_factory.mktemp("validated"), tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text(f"{DOG_IN_BUCKET}\n\na cat\n", encoding="utf-8")
-    watched = SimpleNamespace(out=out, loads=Counter(), untouched={}, validation=None)
+    watched = SimpleNamespace(out=out, loads=Counter(), untouched={}, pages={}, validation=None)
     validate = trainer.Validation.__call__
 
     def watch(validation, step, final=False):
         before = random_states()
         files = validate(validation, step, final)
         watched.untouched[step] = random_states() == before
-        watched.validation = validation
+        watched.validation, watched.pages[step] = validation, Page(out)
         return files
 
     with pytest.MonkeyPatch.context() as patch:
@@ -190,7 +220,7 @@ def test_validation_loads_no_second_text_encoder_and_no_second_transformer(valid
 
 def test_drawing_leaves_the_noise_levels_that_training_draws_from_alone(validated, tiny_model):
     fresh = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_model, subfolder="scheduler")
-    assert torch.equal(validated.validation.run.model.scheduler.sigmas, fresh.sigmas)
+    assert torch.equal(validated.validation.run.pipeline.scheduler.sigmas, fresh.sigmas)
 
 
 # Pictures
@@ -237,51 +267,46 @@ def test_guidance_changes_the_pictures_and_zero_is_none(still, validated, tiny_m
     assert np.abs(sample(still, 0).astype(int) - sample(validated.out, 0)).max() > 1
 
 
-def test_a_sheet_of_each_validation_has_prompts_across_and_pictures_down(validated):
-    for step in (0, 3, 6):
-        sheet = cells(validated.out / "samples" / f"sheet-{step:06d}.png")
-        assert sheet.shape[:2] == (2, 3)
-        for number, prompt in np.ndindex(2, 3):
-            assert np.array_equal(sheet[number, prompt], sample(validated.out, step, prompt, number))
-
-
 def test_the_contact_sheet_has_prompts_across_and_steps_down(validated):
-    sheet = cells(validated.out / "samples" / "contact-sheet.png")
+    sheet = thumbnails(validated.out / "samples" / "contact-sheet.png")
     assert sheet.shape[:2] == (3, 3)
     for row, step in enumerate((0, 3, 6)):
         for prompt in range(3):
-            assert np.array_equal(sheet[row, prompt], sample(validated.out, step, prompt))
+            file = validated.out / "samples" / "thumbnails" / f"step-{step:06d}-prompt-{prompt}-image-0.jpg"
+            assert np.array_equal(sheet[row, prompt], np.asarray(ImageOps.pad(Image.open(file), (256, 256))))
 
 
-def test_a_resumed_run_extends_the_contact_sheet(tiny_model, shared_photos, validated, tmp_path):
+def test_a_resumed_run_extends_the_page_and_the_contact_sheet(tiny_model, shared_photos, validated, tmp_path):
     flags = {**TRAINING, **DRAWING, "num_validation_images": 1, "prompts": [DOG, "a cat"]}
     train(tiny_model, shared_photos, tmp_path, **flags | {"max_train_steps": 3, "checkpointing_steps": 3})
-    assert len(cells(tmp_path / "samples" / "contact-sheet.png")) == 2
+    assert len(thumbnails(tmp_path / "samples" / "contact-sheet.png")) == 2
+    (tmp_path / "samples" / "index.html").unlink()
     train(tiny_model, shared_photos, tmp_path, **flags, resume_from_checkpoint="latest")
-    sheet = cells(tmp_path / "samples" / "contact-sheet.png")
-    assert np.array_equal(sheet[:2], cells(validated.out / "samples" / "contact-sheet.png")[:2, [0, 2]])
-    assert np.array_equal(sheet[2:], [[sample(tmp_path, 6, prompt) for prompt in range(2)]])
+    sheet = thumbnails(tmp_path / "samples" / "contact-sheet.png")
+    assert np.array_equal(sheet, thumbnails(validated.out / "samples" / "contact-sheet.png")[:, [0, 2]])
+    assert [row[0].split()[1] for row in Page(tmp_path).rows[1:]] == ["0", "3", "6"]
 
 
-def test_pictures_of_a_run_that_left_no_checkpoint_do_not_enter_the_next_runs_sheet(
+def test_pictures_of_a_run_that_left_no_checkpoint_do_not_enter_the_next_runs_page(
     tiny_model, shared_photos, tmp_path
 ):
     earlier = tmp_path / "samples" / "step-000005-prompt-0-image-0.png"
     earlier.parent.mkdir()
     Image.new("RGB", (SIDE, SIDE), "red").save(earlier)
     train(tiny_model, shared_photos, tmp_path, **DRAWING, prompts=[DOG])
-    assert len(cells(tmp_path / "samples" / "contact-sheet.png")) == 2
+    assert len(thumbnails(tmp_path / "samples" / "contact-sheet.png")) == 2 == len(Page(tmp_path).links)
 
 
 def test_final_validation_prompt_replaces_the_prompts_of_the_final_pictures_alone(tiny_model, shared_photos, tmp_path):
     flags = DRAWING | {"num_validation_images": 1, "max_train_steps": 1, "final_validation_prompt": DOG_IN_BUCKET}
     train(tiny_model, shared_photos, tmp_path, **flags, prompts=[DOG, "a cat"])
-    final = cells(tmp_path / "samples" / "sheet-000001.png")
-    assert final.shape[:2] == (1, 1)
-    assert_same_picture(final[0, 0], draw_with_pipeline(tiny_model, DOG_IN_BUCKET, lora=tmp_path))
-    contact = cells(tmp_path / "samples" / "contact-sheet.png")  # its columns are still the two prompts
+    final = tmp_path / "samples" / "final-000001-prompt-0-image-0.png"
+    assert_same_picture(pixels(final), draw_with_pipeline(tiny_model, DOG_IN_BUCKET, lora=tmp_path))
+    contact = thumbnails(tmp_path / "samples" / "contact-sheet.png")  # its columns are still the two prompts
     assert contact.shape[:2] == (1, 2)
-    assert np.array_equal(contact[0], [sample(tmp_path, 0, prompt) for prompt in range(2)])
+    page = Page(tmp_path)
+    assert {key: len(links) for key, links in page.links.items()} == {(0, 0): 1, (0, 1): 1, (1, 2): 1}
+    assert page.links[1, 2][0][0] == final.name and page.rows[0][3].startswith(DOG_IN_BUCKET)
 
 
 def test_skip_final_inference_draws_no_pictures_after_training(tiny_model, shared_photos, tmp_path):
@@ -306,7 +331,7 @@ def test_tensorboard_gets_the_pictures_of_every_validation(validated):
 def prompts_of(*flags):
     """The prompts that a command line means."""
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
-    return trainer.read_prompts(trainer.parse_args([*required, *flags]).validation_prompt)
+    return trainer.parse_args([*required, *flags]).validation_prompt
 
 
 def test_prompts_come_from_the_command_line_and_from_text_files_in_their_order(tmp_path):
@@ -316,11 +341,12 @@ def test_prompts_come_from_the_command_line_and_from_text_files_in_their_order(t
     assert prompts_of(*flags) == ["first", "一只狗", "une forêt", "last"]
 
 
-def test_a_prompt_file_that_is_not_utf_8_is_named(tmp_path):
+def test_a_prompt_file_that_is_not_utf_8_is_named(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_bytes("一只狗".encode("gbk"))
-    with pytest.raises(trainer.UserError, match=re.escape(str(file))):
+    with pytest.raises(SystemExit, match="2"):
         prompts_of(f"--validation_prompt={file}")
+    assert str(file) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", ["一只狗" * 80, "a dog " * 200, "a/" * 100 + "b", "nul \0"])
@@ -328,79 +354,128 @@ def test_a_prompt_that_no_file_could_be_named_is_a_prompt(prompt):
     assert prompts_of(f"--validation_prompt={prompt}") == [prompt]
 
 
-@pytest.mark.parametrize("prompt", ["", "  ", "two\nlines", "tab\there", "🐶", "word" * 100, "a photo of a dog " * 30])
-def test_any_prompt_can_caption_a_sheet(prompt, tmp_path):
-    picture = Image.new("RGB", (SIDE, SIDE), "red")
-    trainer.save_sheet([[picture, picture]], ["step 0"], [prompt, "a cat"], tmp_path / "sheet.png")
-    assert (cells(tmp_path / "sheet.png") == (255, 0, 0)).all()
+# The page
 
 
-def test_a_caption_that_is_cut_says_so(tmp_path, monkeypatch):
-    drawn, draw_text = [], ImageDraw.ImageDraw.text
-
-    def note(draw, position, text, *args):
-        drawn.append(text)
-        draw_text(draw, position, text, *args)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
-    picture = Image.new("RGB", (256, 256), "red")
-    trainer.save_sheet([[picture] * 2], ["step 0"], ["a dog " * 100, "a dog in the snow"], tmp_path / "sheet.png")
-    *cut, whole, row = drawn
-    assert len(cut) == 4 and cut[-1].endswith("...")
-    assert (whole, row) == ("a dog in the snow", "step 0")
+def test_the_page_has_steps_down_and_prompts_across_and_links_thumbnails_to_their_pictures(validated):
+    page = Page(validated.out)
+    assert [head.partition(f"{SIDE} x {SIDE}")[0] for head in page.rows[0]] == ["", DOG, DOG_IN_BUCKET, "a cat"]
+    assert [row[0].split()[1].removesuffix("held-out") for row in page.rows[1:]] == ["0", "3", "6"]
+    for (step, prompt), links in page.links.items():
+        names = [f"step-{step:06d}-prompt-{prompt}-image-{number}" for number in range(2)]
+        assert links == [(f"{name}.png", f"thumbnails/{name}.jpg") for name in names]
+        for name in names:
+            small = Image.open(page.folder / "thumbnails" / f"{name}.jpg")
+            assert small.format == "JPEG" and max(small.size) <= 256
+    assert len(page.links) == 9
 
 
-@pytest.mark.parametrize("text", [DOG_IN_BUCKET * 2, "a photo of sks dog in a bucket", "word" * 9, "狗,在桶里。" * 5])
-@pytest.mark.parametrize("width", [70, 118])
-def test_a_caption_is_wrapped_within_its_picture_and_loses_nothing(text, width):
-    font = ImageFont.load_default(11)
-    lines = trainer.wrap_text(text, font, width, max_lines=99)
-    assert max(map(font.getlength, lines)) <= width
-    assert all(font.getlength(" ".join(pair)) > width for pair in itertools.pairwise(lines))
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert not [line for line in lines if line[0] in " ,。"]
+def test_the_page_says_the_seed_of_each_picture_and_how_it_was_drawn(validated):
+    page = Page(validated.out)
+    assert {cell.strip() for row in page.rows[1:] for cell in row[1:]} == {"seed 0seed 1"}
+    assert all(head.strip().endswith("64 x 64, guidance 5, 2 steps") for head in page.rows[0][1:])
 
 
-def test_labels_of_rows_are_whole_however_long(tmp_path):
-    """The margin has room for them: a picture covers none of their pixels."""
-    picture = Image.new("RGB", (SIDE, SIDE), "red")
-    trainer.save_sheet([[picture]], ["step 1234567"], ["a cat"], tmp_path / "sheet.png")
-    sheet = pixels(tmp_path / "sheet.png")
-    margin = sheet.shape[1] - 128
-    assert (sheet[:, margin - 3 : margin] == 255).all() and (sheet[:, :margin] < 128).any()
+def test_the_page_says_the_held_out_loss_of_each_step(validated):
+    losses = [event.value for event in events(validated.out).scalars["held_out_loss"]]
+    shown = [float(row[0].partition("loss")[2]) for row in Page(validated.out).rows[1:]]
+    assert shown == pytest.approx(losses, abs=1e-4)
 
 
-def test_without_a_font_for_the_script_captions_are_numbers_and_a_text_beside(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(trainer, "caption_font", lambda size, text: ImageFont.load_default(size))
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, position, text, *args: drawn.append(text))
-    picture = Image.new("RGB", (SIDE, SIDE), "red")
-    trainer.save_sheet([[picture] * 3], ["step 0"], [DOG_IN_BUCKET, "a cat", "a 🐶 dog"], tmp_path / "sheet.png")
-    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == f"{DOG_IN_BUCKET}\na cat\na 🐶 dog\n"
-    assert drawn == ["prompt 0 (see", "prompts.txt)", "a cat", "a 🐶 dog", "step 0"]
-    assert cells(tmp_path / "sheet.png").shape[:2] == (1, 3)
+def test_while_the_run_goes_on_the_page_refreshes_itself_and_says_that_the_run_may_have_stopped(validated):
+    for step, rows in ((0, 1), (3, 2)):
+        page = validated.pages[step]
+        assert len(page.rows) == 1 + rows and 'http-equiv="refresh"' in page.html
+        assert re.search(rf"Written 20[-\d]+ [:\d]+ [-+]\d+, step {step} of 6\. .* may have stopped", page.text)
 
 
-def test_a_font_of_the_users_is_found_for_chinese_captions(tmp_path, monkeypatch):
-    mine = tmp_path / ".fonts" / "SomeCJK-Regular.ttf"
-    mine.parent.mkdir()
-    mine.write_bytes(ImageFont.load_default(12).font_bytes)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(trainer, "missing_glyphs", lambda font, text: set() if font.path == str(mine) else set(text))
-    assert trainer.caption_font(12, DOG_IN_BUCKET).path == str(mine)
+def test_at_the_end_the_page_says_when_the_run_ended_and_refreshes_no_more(validated):
+    page = Page(validated.out)
+    assert re.search(r"The run ended 20[-\d]+ [:\d]+ [-+]\d+, step 6 of 6\.", page.text)
+    assert "may have stopped" not in page.text and "refresh" not in page.html
 
 
-def test_the_font_of_a_chinese_caption_has_its_characters(tmp_path):
-    font = trainer.caption_font(18, DOG_IN_BUCKET)
-    if font.path == ImageFont.load_default(18).path:
-        pytest.skip("no Chinese font on this machine")
-    assert not trainer.missing_glyphs(font, DOG_IN_BUCKET)
-    assert trainer.missing_glyphs(ImageFont.load_default(18), DOG_IN_BUCKET) == set(DOG_IN_BUCKET) - set("sks")
-    picture = Image.new("RGB", (256, 256), "white")
-    for name, prompt in {"whole": DOG_IN_BUCKET, "blank": "_"}.items():
-        trainer.save_sheet([[picture]], ["step 0"], [prompt], tmp_path / f"{name}.png")
-    ink = {name: (pixels(tmp_path / f"{name}.png") < 128).sum() for name in ("whole", "blank")}
-    assert ink["whole"] > 3 * ink["blank"] and not (tmp_path / "prompts.txt").exists()
+def test_a_run_that_is_stopped_says_so_on_its_page(tiny_model, shared_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "train", lambda *args: 15)
+    with pytest.raises(SystemExit):
+        train(tiny_model, shared_photos, tmp_path, **DRAWING, prompts=[DOG])
+    page = Page(tmp_path)
+    assert "Stopped" in page.text and "--resume_from_checkpoint" in page.text and "refresh" not in page.html
+
+
+def test_a_run_without_prompts_writes_no_page(plain):
+    assert not (plain / "samples").exists()
+
+
+def draw_gallery(out, prompts, steps, size=(SIDE, SIDE)):
+    """The files of validations at these steps, with pictures of one colour, and their page."""
+    args = trainer.parse_args(
+        [*train_args("model", "photos", out, num_validation_images=1, skip_final_inference=None)]
+    )
+    args.validation_prompt = prompts
+    run = SimpleNamespace(args=args, seed=0, accelerator=SimpleNamespace(trackers=[]))
+    images = {(prompt, 0): Image.new("RGB", size, "red") for prompt in range(len(prompts))}
+    for step in steps:
+        trainer.save_validation_images(images, prompts, step, None, run)
+    trainer.write_gallery(trainer.OutputFolder(out), max(steps), "now", running=True)
+
+
+def test_every_text_on_the_page_is_escaped(tmp_path):
+    prompts = ["<script>alert(1)</script>", "\"'>&amp; 一只狗 🐶", "two\nlines", "</table>"]
+    draw_gallery(tmp_path / "<b>&", prompts, [0])
+    page = Page(tmp_path / "<b>&")
+    assert [head.partition("64 x 64")[0] for head in page.rows[0][1:]] == prompts
+    assert "<b>& " in page.text and not page.tags["script"] and not page.tags["b"] and page.tags["table"] == 1
+
+
+def test_the_page_needs_no_network(validated):
+    assert "//" not in Page(validated.out).html
+
+
+@pytest.mark.parametrize("validations", [3, 40])
+def test_every_validation_is_on_the_page_and_the_last_twenty_on_the_contact_sheet(tmp_path, validations):
+    draw_gallery(tmp_path, [f"prompt {number}" for number in range(6)], range(validations))
+    assert len(Page(tmp_path).links) == 6 * validations
+    assert thumbnails(tmp_path / "samples" / "contact-sheet.png").shape[:2] == (min(validations, 20), 6)
+
+
+def test_a_picture_on_the_contact_sheet_keeps_its_shape(tmp_path):
+    draw_gallery(tmp_path, ["tall"], [0], size=(32, 64))
+    [[thumbnail]] = thumbnails(tmp_path / "samples" / "contact-sheet.png")
+    assert (thumbnail[:, :60] > 240).all() and (thumbnail[:, 70:186, 0] > 200).all()
+    assert (thumbnail[:, 70:186, 1:] < 50).all()
+
+
+def test_pictures_of_steps_that_are_still_to_come_again_are_not_on_the_page(tmp_path):
+    """They are of a run that goes on from an earlier checkpoint."""
+    draw_gallery(tmp_path, [DOG], range(0, 50, 10))
+    trainer.write_gallery(trainer.OutputFolder(tmp_path), 20, "now", running=True)
+    assert [step for step, _ in Page(tmp_path).links] == [0, 10, 20]
+    assert len(thumbnails(tmp_path / "samples" / "contact-sheet.png")) == 3
+
+
+def test_damaged_pictures_and_those_of_others_are_not_on_the_page(tmp_path):
+    draw_gallery(tmp_path, [DOG], [0])
+    good = tmp_path / "samples" / "step-000000-prompt-0-image-0.png"
+    (good.parent / "step-000001-prompt-0-image-0.png").write_bytes(good.read_bytes()[:30])
+    (good.parent / "step-000002-prompt-0-image-0.png").write_bytes(b"")
+    Image.new("RGB", (SIDE, SIDE)).save(good.parent / "step-000003-prompt-0-image-0.png")
+    Image.new("RGB", (SIDE, SIDE)).save(good.parent / "my-prompt-idea.png")
+    trainer.write_gallery(trainer.OutputFolder(tmp_path), 9, "now", running=True)
+    assert list(Page(tmp_path).links) == [(0, 0)]
+
+
+def test_a_page_that_cannot_be_written_leaves_the_last_one_whole(tmp_path, monkeypatch):
+    draw_gallery(tmp_path, [DOG], [0])
+    before = Page(tmp_path).html
+
+    def fill_the_disk(part, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "put_in_place", fill_the_disk)
+    with pytest.raises(OSError):
+        trainer.write_gallery(trainer.OutputFolder(tmp_path), 0, "another text", running=False)
+    assert Page(tmp_path).html == before
 
 
 # Held-out loss
@@ -469,14 +544,14 @@ def test_save_best_keeps_the_lora_of_the_lowest_held_out_loss(
     flags = {"validation_data_dir": held_out, "validation_epochs": 1, "save_best": True, "checkpointing_steps": 3}
     train(tiny_model, shared_photos, tmp_path, **TRAINING, **flags)
     assert_same_weights(tmp_path / "best", tmp_path / "checkpoint-3")
-    assert "1.0000 before, 0.7000 after; the lowest, 0.5000, at step 3" in capsys.readouterr().out
+    assert "1.0000 before, 0.7000 after; the lowest, 0.5000, at step 3" in capsys.readouterr().err
 
 
 def test_a_run_may_go_on_without_its_held_out_pictures(tiny_model, shared_photos, held_out, tmp_path, capsys):
     flags = {"checkpointing_steps": 1, "max_train_steps": 1}
     train(tiny_model, shared_photos, tmp_path, **flags, validation_data_dir=held_out)
     train(tiny_model, shared_photos, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
-    assert capsys.readouterr().out.count("The LoRA is in") == 2
+    assert capsys.readouterr().err.count("The LoRA is in") == 2
 
 
 # Another model, and an adapter for training alone
@@ -498,7 +573,7 @@ def test_validation_model_path_draws_with_that_model_and_its_scheduler_wearing_t
 
 
 def test_a_validation_model_that_does_not_exist_is_named_before_training(tiny_model, shared_photos, tmp_path):
-    with pytest.raises(trainer.UserError, match=f"--validation_model_path {re.escape(str(tmp_path))}"):
+    with pytest.raises(trainer.UserError, match=f"--validation_model_path:? {re.escape(str(tmp_path))}"):
         train(tiny_model, shared_photos, tmp_path / "out", validation_model_path=tmp_path, dry_run=True)
 
 
@@ -535,13 +610,12 @@ def test_base_adapter_is_absent_from_pictures_and_held_out_loss(with_base_adapte
     assert losses[0] == losses[1]
 
 
-def test_a_contact_sheet_of_many_steps_keeps_no_files_open(tmp_path):
-    for step in range(60):
-        Image.new("RGB", (32, 32), "red").save(tmp_path / f"step-{step:06d}-prompt-0-image-0.png")
+def test_a_page_of_many_steps_keeps_no_files_open(tmp_path):
+    draw_gallery(tmp_path, [DOG], range(60))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limits[1]))
     try:
-        trainer.save_contact_sheet(tmp_path, ["a dog"])
+        trainer.write_gallery(trainer.OutputFolder(tmp_path), 60, "now", running=False)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert Image.open(tmp_path / "contact-sheet.png").height > 60 * 128
+    assert len(Page(tmp_path).links) == 60
