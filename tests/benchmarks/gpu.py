@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -140,12 +139,19 @@ class Measured:
     """What is read off a run of the script from inside, by replacing functions of it for as long as it runs."""
 
     def __init__(self):
-        self.ends, self.gradient, self.peak, self.draws = [], None, None, []
+        self.ends, self.gradient, self.peak, self.planned, self.draws = [], None, None, None, []
 
     def __enter__(self):
         self.started = time.perf_counter()
         self.originals = {}
-        for name in ("encode_prompts", "cache_latents", "load_training_state", "apply_gradients", "draw_images"):
+        for name in (
+            "describe_plan",
+            "encode_prompts",
+            "cache_latents",
+            "load_training_state",
+            "apply_gradients",
+            "draw_images",
+        ):
             self.originals[name] = original = getattr(trainer, name)
             setattr(trainer, name, functools.partial(getattr(self, name), original))
         self.update = trainer.Progress.update
@@ -156,6 +162,13 @@ class Measured:
         for name, original in self.originals.items():
             setattr(trainer, name, original)
         trainer.Progress.update = self.update
+
+    def describe_plan(self, original, *arguments):
+        lines = original(*arguments)
+        found = re.search(r"memory.*training (?:at most )?([\d.]+)", "\n".join(lines))
+        self.planned = float(found[1]) if found else None
+        self.started = time.perf_counter()
+        return lines
 
     def encode_prompts(self, original, prompts, run):
         generator, width = torch.Generator().manual_seed(1), run.pipeline.transformer_config["cap_feat_dim"]
@@ -229,13 +242,13 @@ class Benchmark:
         if self.args.device == "cuda":
             torch.cuda.empty_cache()
         if row.draws:  # the first picture compiles
-            return {"step": measured.draws[1], "first": measured.draws[0], "peak": measured.peak}
+            return {"step": measured.draws[1], "first": measured.draws[0]}
         times = [end - start for start, end in zip(measured.ends, measured.ends[1:])]
         result = {
             "step": statistics.median(times[WARM_UP - 1 :] or times),
             "first": measured.ends[0] - measured.started,
         }
-        result |= {"samples": row.batch / result["step"], "peak": measured.peak}
+        result |= {"samples": row.batch / result["step"], "peak": measured.peak, "planned": measured.planned}
         reference = self.gradients.setdefault((row.pixels, row.batch), measured.gradient)
         if reference.shape == measured.gradient.shape:
             result["cosine"] = torch.nn.functional.cosine_similarity(reference, measured.gradient, dim=0).item()
@@ -244,13 +257,6 @@ class Benchmark:
         if self.rate and reference.shape == measured.gradient.shape:
             result["rate"] = row.batch * step_flops(self.config, row.pixels) / result["step"] / self.rate
         return result
-
-    def plan(self, row):
-        """GiB that the script's plan says of training; None where it says nothing."""
-        command = [sys.executable, str(trainer.__file__), *self.flags(row, self.work / "planned"), "--dry_run"]
-        ended = subprocess.run(command, capture_output=True, text=True, env=self.environment())
-        found = re.search(r"training (?:at most )?([\d.]+)", "".join(re.findall(r"[Pp]eak memory.*", ended.stderr)))
-        return float(found[1]) if found else None
 
     def environment(self):
         here = {"ACCELERATE_USE_CPU": "1"} if self.args.device == "cpu" else {}
@@ -293,13 +299,6 @@ class Benchmark:
                     f"FAILED: {row.name}, {row.pixels} px: {str(error).splitlines()[0] if str(error) else error!r}"
                 )
             self.write()
-
-    def add_plans(self):
-        """The plan beside each row, by runs with --dry_run side by side."""
-        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-            for result, planned in zip(self.results.values(), pool.map(self.plan, self.results)):
-                result["planned"] = planned
-        self.write()
 
     def check_goals(self):
         """Say of each goal whether it is met."""
@@ -409,7 +408,6 @@ def main(argv=None):
         print(benchmark.title, flush=True)
         benchmark.check_small_model()
         benchmark.run_rows([row for row in [*QUICK, *([] if args.quick else MORE)] if re.search(args.only, row.name)])
-        benchmark.add_plans()
         benchmark.check_goals()
     print(benchmark.table())
     if args.readme:
