@@ -1828,13 +1828,9 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-NF4 = {  # --base_model_precision nf4; configs/nf4.json says the same
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_quant_storage": "bfloat16",
-    "llm_int8_skip_modules": ["all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"],
-}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+       "bnb_4bit_quant_storage": "bfloat16",
+       "llm_int8_skip_modules": ["all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"]}  # fmt: skip
 
 
 def quantization_config(run: Run) -> BitsAndBytesConfig | None:
@@ -1863,35 +1859,28 @@ def quantization_config(run: Run) -> BitsAndBytesConfig | None:
         return config
 
 
-def check_float8(device: torch.device) -> None:
-    """Whether the device has float8 products. Raises UserError."""
-    instead = "take --base_model_precision int8 or nf4"
-    if device.type not in ("cuda", "cpu") or torch.version.hip:  # ROCm calls itself cuda
-        name = "an AMD GPU" if torch.version.hip else device.type
-        raise UserError(f"--do_fp8_training needs an NVIDIA GPU, this is {name}: {instead}")
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 9)
-    if capability < (8, 9):
-        found = ".".join(map(str, capability))
-        raise UserError(f"--do_fp8_training needs compute capability 8.9, this GPU has {found}: {instead}")
-    if device.type == "cuda" and HAS_TRITON:
-        logger.info("float8 compiles the transformer's blocks: the first steps take about a minute longer")
-    elif device.type == "cuda":
-        logger.warning(f"--do_fp8_training without Triton is slower than bf16: install it, or {instead}")
-
-
 def check_precision(run: Run) -> None:
-    """Whether the precision of the frozen weights can be had here. Raises UserError."""
-    precision, torchao = run.args.base_model_precision, None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        torchao = importlib.metadata.version("torchao")
+    """Whether the frozen weights can be held as the flags say, on this device. Raises UserError."""
+    precision, device, install = run.args.base_model_precision, run.accelerator.device, "pip install 'torchao>=0.16'"
+    torchao = importlib.util.find_spec("torchao") and importlib.metadata.version("torchao")
     if torchao and Version(torchao) < Version("0.16"):
-        raise UserError(f"torchao {torchao} is too old, used or not, for PEFT's adapters: pip install 'torchao>=0.16'")
+        raise UserError(f"torchao {torchao} is too old for PEFT, which asks for it in any case: {install}")
     if precision in ("fp8", "int8") and not torchao:
-        raise UserError(f"--base_model_precision {precision} needs torchao: pip install 'torchao>=0.16'")
+        raise UserError(f"--base_model_precision {precision} needs torchao: {install}")
     if precision == "int8" and run.sharded:
         raise UserError("--base_model_precision int8 cannot be sharded by FSDP: take fp8 or nf4")
-    if precision == "fp8":
-        check_float8(run.accelerator.device)
+    if precision == "fp8" and device.type != "cpu":
+        instead = "take --base_model_precision int8 or nf4"
+        if device.type != "cuda" or torch.version.hip:  # ROCm calls itself cuda
+            name = "an AMD GPU" if torch.version.hip else device.type
+            raise UserError(f"--do_fp8_training needs an NVIDIA GPU, this is {name}: {instead}")
+        if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+            found = ".".join(map(str, capability))
+            raise UserError(f"--do_fp8_training needs compute capability 8.9, this GPU has {found}: {instead}")
+        if run.compiled:
+            logger.info("float8 compiles the transformer's blocks: the first steps take longer")
+        else:
+            logger.warning(f"float8 without Triton is slower than bf16: install it, or {instead}")
     quantization_config(run)
 
 
@@ -1907,10 +1896,10 @@ def to_float8(tensor: Tensor, role: str, scale: Tensor | None = None, dtype: tor
 
 
 class Float8Product(torch.autograd.Function):
-    """`x @ weight.T` with both products in float8, torchao's: the forward one, and that of the gradient of `x`.
+    """`x @ weight.T` by torchao's float8 products: this one, and that of the gradient of `x`.
 
-    x: [tokens, in], weight: [out, in] as bytes, with one scale each: a scale for every token is as exact on the
-    trained small model (cosine of the gradient to bf16 0.998) and was 11% slower on an H200.
+    x [tokens, in] and weight [out, in] have one scale each. A scale for each token was no more exact on the trained
+    small model (cosine of the gradient to bf16 0.998) and made a step 11% slower on an H200.
     """
 
     @staticmethod
@@ -1925,10 +1914,7 @@ class Float8Product(torch.autograd.Function):
 
 
 class Float8Linear(torch.nn.Linear):
-    """A linear layer that is never trained, its weight quantized once; PEFT adds a LoRA to it as to any other.
-
-    The float8 numbers are kept as bytes, which every communication library can send.
-    """
+    """A frozen linear layer without bias, its weight quantized once. Any communication library can send its bytes."""
 
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
@@ -1973,13 +1959,16 @@ def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torc
 
 
 def checkpoint_blocks(
-    transformer: ZImageTransformer2DModel, fraction: float, reentrant: bool = True, on_host: bool = False
+    transformer: ZImageTransformer2DModel,
+    fraction: float,
+    reentrant: bool = True,
+    on_host: bool = False,
+    **options: Any,
 ) -> None:
     """Have this fraction of the blocks, spread over the depth, keep only their inputs until the backward pass.
 
     `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
-    hooks want that graph, and compiled blocks would be compiled without it as well. With `on_host` the inputs wait in
-    host memory.
+    hooks want that graph. With `on_host` the inputs wait in host memory.
     """
     recomputed = {
         block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * fraction) > int(n * fraction)
@@ -1993,7 +1982,7 @@ def checkpoint_blocks(
         with (
             torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda) if on_host else contextlib.nullcontext()
         ):
-            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant)
+            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant, **options)
 
     transformer.enable_gradient_checkpointing(run_block)
 
@@ -2084,8 +2073,10 @@ def load_transformer(run: Run) -> ZImageTransformer2DModel:
     if args.attention_backend or args.enable_npu_flash_attention:
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
     if run.checkpointed_fraction:
-        reentrant = not (run.compiled or run.sharded)
-        checkpoint_blocks(transformer, run.checkpointed_fraction, reentrant, on_host=run.offloads)
+        keeps_rng = args.lora_dropout > 0
+        checkpoint_blocks(
+            transformer, run.checkpointed_fraction, not run.sharded, run.offloads, preserve_rng_state=keeps_rng
+        )
     return transformer
 
 
@@ -2724,19 +2715,14 @@ class TrainingData:
 
 
 class OnePromptAtATime(torch.nn.Module):
-    """A transformer as `ZImagePipeline` calls it, its lists taken one by one.
-
-    So no prompt is padded to the length of another, there is no attention mask, and the shapes are training's.
-    """
+    """A transformer that takes the lists of `ZImagePipeline` one by one: without padding, so without a mask."""
 
     def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
         self.in_channels, self.dtype, self.device = transformer.in_channels, transformer.dtype, transformer.device
 
-    def forward(
-        self, latents: list[Tensor], times: Tensor, embeds: list[Tensor], **options: Any
-    ) -> list[list[Tensor]]:
+    def forward(self, latents: list[Tensor], times: Tensor, embeds: list[Tensor], **options: Any) -> list:
         each = zip(latents, times.split(1), embeds, strict=True)
         return [[self.transformer([x], time, [embed], **options)[0][0] for x, time, embed in each]]
 

@@ -13,6 +13,7 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import full_size  # noqa: E402 (needs the path)
+import gpu  # noqa: E402
 
 
 ENCODERS = ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors")
@@ -135,3 +136,21 @@ def test_full_size_builds_on_after_an_interruption_and_deletes_only_what_it_buil
     with pytest.raises(SystemExit):
         full_size.main()
     assert folder.exists()
+
+
+@pytest.mark.slow
+def test_gpu_runs_all_of_its_code_on_a_tiny_model(tmp_path):
+    flags = ["--device=cpu", "--tiny", "--quick", "--steps=2", "--only=picture|float8|^bf16, recomputed|NF4"]
+    finished = run([sys.executable, BENCHMARKS / "gpu.py", *flags, f"--output={tmp_path / 'gpu.md'}"])
+    written = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    table = [line for line in written.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6 and all(line in finished.stdout for line in table)
+    assert "a resumed run is the run itself, bit for bit" in written
+    assert "here and on the CPU: cosine 1.0000" in written
+
+
+def test_gpu_puts_its_table_between_the_marks_of_the_readme(tmp_path):
+    (tmp_path / "README.md").write_text(f"before\n{gpu.BEGIN}old\n{gpu.END}after\n", encoding="utf-8")
+    gpu.put_into_readme("| new |", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text("utf-8") == f"before\n{gpu.BEGIN}\n| new |\n\n{gpu.END}after\n"
+    assert gpu.BEGIN in (ROOT / "README.md").read_text("utf-8")

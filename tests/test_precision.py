@@ -1,7 +1,9 @@
 """The base in float8, int8 and NF4: what stays of its gradient, and what is refused."""
 
 import importlib.metadata
+import importlib.util
 import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,8 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import train_dreambooth_lora_z_image as trainer
 from patched_trainer import bitsandbytes_on_cpu
+from running import fork_trainer
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import ROOT
+from tiny import ROOT, lora_tensors, train_args
 
 
 TRAINED_MODEL = ROOT / "tests" / "assets" / "tiny-z-image"
@@ -120,16 +123,13 @@ def test_two_different_precisions_exclude_each_other(flags, capsys):
 
 @pytest.mark.parametrize(("version", "flags"), [("0.15.1", {}), (None, {"base_model_precision": "int8"})])
 def test_torchao_that_is_too_old_or_absent_is_refused_with_the_pip_line(version, flags, tiny_model, monkeypatch):
-    def installed(name):
-        if name == "torchao" and version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(importlib.metadata, "version", installed)
+    run, plain = make_run(tiny_model, **flags), make_run(tiny_model)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(trainer.UserError, match=r"torchao.*pip install 'torchao>=0.16'"):
-        trainer.check_precision(make_run(tiny_model, **flags))
+        trainer.check_precision(run)
     if version is None:  # no other flag needs it
-        trainer.check_precision(make_run(tiny_model))
+        trainer.check_precision(plain)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,13 @@ def test_torchao_that_is_too_old_or_absent_is_refused_with_the_pip_line(version,
         ("cuda", None, (8, 6), "8.6"),
     ],
 )
-def test_float8_is_refused_by_what_the_device_is(device, rocm, capability, named, monkeypatch):
+def test_float8_is_refused_by_what_the_device_is(device, rocm, capability, named, tiny_model, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", rocm)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    run = make_run(tiny_model, do_fp8_training=True)
+    run.accelerator.device = torch.device(device)
     with pytest.raises(trainer.UserError, match=f"--do_fp8_training.*{named}.*--base_model_precision int8"):
-        trainer.check_float8(torch.device(device))
+        trainer.check_precision(run)
 
 
 @pytest.mark.parametrize("triton", [True, False])
@@ -167,3 +169,25 @@ def test_int8_is_not_sharded(tiny_model):
     run.accelerator.state.fsdp_plugin = SimpleNamespace(activation_checkpointing=False)
     with pytest.raises(trainer.UserError, match="int8 cannot be sharded"):
         trainer.check_precision(run)
+
+
+WAYS = {"fp8": {"do_fp8_training": True}, "int8": {"base_model_precision": "int8"}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_quantized_run_with_a_base_adapter_draws_and_is_the_same_after_a_stop(way, photos, tmp_path):
+    """Its checkpoint after two updates serves as the base adapter of the runs that are compared."""
+    flags = {"max_train_steps": 4, "checkpointing_steps": 2, "cache_latents": True, "rank": 2, **WAYS[way]}
+    flags |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    fork_trainer(*train_args(TRAINED_MODEL, photos, tmp_path / "base", **flags | {"max_train_steps": 1}))
+    adapter = tmp_path / "base" / "pytorch_lora_weights.safetensors"
+    flags |= {"base_adapter": f"{adapter}:0.5", "validation_prompt": "a toy", "num_validation_images": 1}
+    flags |= {"validation_num_inference_steps": 2}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fork_trainer(*train_args(TRAINED_MODEL, photos, whole, **flags))
+    shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
+    fork_trainer(*train_args(TRAINED_MODEL, photos, stopped, **flags, resume_from_checkpoint="latest"))
+    one, other = lora_tensors(whole), lora_tensors(stopped)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(tensor.any() for name, tensor in one.items() if ".lora_B." in name)
+    assert list((whole / "samples").rglob("*.png"))

@@ -150,7 +150,7 @@ class Measured:
             "cache_latents",
             "load_training_state",
             "apply_gradients",
-            "draw_images",
+            "draw_latents",
         ):
             self.originals[name] = original = getattr(trainer, name)
             setattr(trainer, name, functools.partial(getattr(self, name), original))
@@ -193,7 +193,7 @@ class Measured:
             self.gradient = torch.cat([parameter.grad.flatten() for parameter in state.parameters]).double().cpu()
         return original(state, *arguments)
 
-    def draw_images(self, original, *arguments):
+    def draw_latents(self, original, *arguments):
         started = time.perf_counter()
         images = original(*arguments)
         self.draws.append(time.perf_counter() - started)
