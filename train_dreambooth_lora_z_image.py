@@ -60,6 +60,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from html import escape
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -81,6 +82,7 @@ from accelerate.utils import (
     AutocastKwargs,
     DistributedType,
     DynamoBackend,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -109,7 +111,13 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import make_image_grid
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -178,6 +186,7 @@ LAUNCHER_VARIABLES = (
     "OMP",
     "FORK_",
 )
+PROCESS_TIMEOUT = timedelta(hours=2)  # of processes that wait for one that draws
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
 RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
 
@@ -190,8 +199,19 @@ class TrainingError(RuntimeError):
     """Training or saving cannot go on. Its message is one line."""
 
 
+HUB_ERRORS = {  # whose own messages are several lines, of addresses
+    GatedRepoError: "it asks you to accept its terms, on its page of the Hub: do that, then hf auth login",
+    RepositoryNotFoundError: "the Hub has none of that name, or a private one: check it, or hf auth login",
+    RevisionNotFoundError: "the Hub has no such revision of it",
+    LocalEntryNotFoundError: "it is no folder, not in the Hub's cache, and the Hub is out of reach: hf download it",
+}
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
+    for kind, reason in HUB_ERRORS.items():
+        if isinstance(error, kind):
+            return reason
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -869,6 +889,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def drawing_settings(args: argparse.Namespace, own: bool) -> dict[str, float]:
+    """Steps and guidance of pictures: the flags', or the pipeline's `own`, of a distilled model the flags' again."""
+    defaults = inspect.signature(ZImagePipeline.__call__).parameters
+    settings = {name: defaults[name].default for name in ("num_inference_steps", "guidance_scale")}
+    if own and (args.guidance_scale > 0 or args.validation_model_path):
+        return settings
+    steps = args.validation_num_inference_steps or settings["num_inference_steps"]
+    return {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
+
+
 def ineffective_flags(args: argparse.Namespace) -> list[str]:
     """Lines about flags that were given and change nothing, as the rest of the command line stands."""
     lines = []
@@ -1304,12 +1334,11 @@ def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
     if Path(name).is_dir():
         return name
     with accelerator.local_main_process_first():  # one process of a machine downloads for all
-        if args.dry_run:  # weights are not needed for the plan
-            patterns = ["*.json", "*/*.json", "tokenizer/*"]
-            return snapshot_download(name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=patterns)
         where, without = {"revision": args.revision, "cache_dir": args.cache_dir}, {}
+        path = snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
+        if args.dry_run:  # weights are not needed for the plan
+            return path
         if args.transformer_path:
-            snapshot_download(name, **where, allow_patterns=["transformer/config.json"])
             without = {"transformer": None}
         return DiffusionPipeline.download(name, **where, **without, variant=args.variant)
 
@@ -1498,6 +1527,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     precision = args.mixed_precision
     if args.base_model_precision == "fp8" and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
+    device = torch.accelerator.current_accelerator()
+    if device and "LOCAL_RANK" in os.environ and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        with user_errors("the processes cannot be joined"):
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            backend = torch.distributed.get_default_backend_for_device(device.type)
+            torch.distributed.init_process_group(f"{device.type}:{backend},cpu:gloo", timeout=PROCESS_TIMEOUT)
     trackers = list_trackers(args.report_to)
     logs = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
     with user_errors(f"--mixed_precision {precision or launcher_precision}", ValueError, ImportError, RuntimeError):
@@ -1505,7 +1540,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             mixed_precision=precision,
             log_with=trackers,
             # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
             project_config=logs,
         )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
@@ -2059,6 +2094,12 @@ def load_transformer_weights(pipeline: PipelineInfo, dtype: torch.dtype, **kwarg
         return ZImageTransformer2DModel.from_single_file(read_transformer_file(pipeline, dtype), **where, **kwargs)
 
 
+def set_attention_backend(transformer: ZImageTransformer2DModel, args: argparse.Namespace) -> None:
+    """Have attention computed as the flags say; without one, as diffusers does it."""
+    if args.attention_backend or args.enable_npu_flash_attention:
+        transformer.set_attention_backend(args.attention_backend or "_native_npu")
+
+
 def load_transformer(run: Run) -> ZImageTransformer2DModel:
     """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
     args, device = run.args, run.accelerator.device
@@ -2070,8 +2111,7 @@ def load_transformer(run: Run) -> ZImageTransformer2DModel:
         quantize(transformer, args.base_model_precision, device)
     if not quantization and not run.sharded:
         transformer.to(device)
-    if args.attention_backend or args.enable_npu_flash_attention:
-        transformer.set_attention_backend(args.attention_backend or "_native_npu")
+    set_attention_backend(transformer, args)
     if run.checkpointed_fraction:
         keeps_rng = args.lora_dropout > 0
         checkpoint_blocks(
@@ -2732,13 +2772,14 @@ def draw_latents(
     prompt: str,
     generators: list[torch.Generator],
     prompt_embeds: dict[str, Tensor],
+    settings: dict[str, float],
     run: Run,
 ) -> list[Tensor]:
     """Latents [C, h, w] on the CPU of pictures of a prompt, one for each generator, at the last `--resolution`.
 
     The noise is drawn on the CPU, so that it is the same on every device.
     """
-    args, side = run.args, round_size(run.args.resolution[-1])
+    side = round_size(run.args.resolution[-1])
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(
         scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=OnePromptAtATime(transformer)
@@ -2747,17 +2788,15 @@ def draw_latents(
     pipeline.set_progress_bar_config(disable=True)
     embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
     noise = torch.stack([torch.randn(run.pipeline.latent_shape((side, side)), generator=g) for g in generators])
-    steps = {"num_inference_steps": args.validation_num_inference_steps} if args.validation_num_inference_steps else {}
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
         latents = pipeline(
             prompt_embeds=[embed] * len(generators),
             negative_prompt_embeds=[negative] * len(generators),
             height=side,
             width=side,
-            guidance_scale=args.guidance_scale,
             latents=noise.to(run.accelerator.device),
             output_type="latent",
-            **steps,
+            **settings,
         ).images
     return list(latents.float().cpu())
 
@@ -2773,6 +2812,7 @@ def load_drawing_transformer(pipeline: PipelineInfo, dtype: torch.dtype | None, 
         transformer = load_transformer(dataclasses.replace(run, pipeline=pipeline))
     else:
         transformer = load_transformer_weights(pipeline, dtype).requires_grad_(False)
+        set_attention_backend(transformer, run.args)
     if run.sharded or dtype:
         transformer.to(run.accelerator.device)
     return transformer.eval()
@@ -2806,10 +2846,10 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
     own, size = run.own_part(free[:missing]), args.sample_batch_size
     batches = [own[first : first + size] for first in range(0, len(own), size)]
-    drawn: dict[int, Tensor] = {}
+    drawn, settings = {}, drawing_settings(args, own=True)
     for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
-        latents = draw_latents(transformer, args.class_prompt, generators, prompt_embeds, run)
+        latents = draw_latents(transformer, args.class_prompt, generators, prompt_embeds, settings, run)
         drawn |= zip(numbers, latents, strict=True)
         if len(drawn) >= CLASS_IMAGES_AT_ONCE or numbers is batches[-1]:
             with set_aside(transformer, run):
@@ -2987,6 +3027,7 @@ def draw_jobs(
     None where it lacks a transformer, cannot draw, or any process is asked to stop.
     """
     drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
+    settings = drawing_settings(run.args, own=False)
     for first in range(0, len(jobs), processes):
         if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
             break
@@ -2994,7 +3035,7 @@ def draw_jobs(
         for prompt, number in own if transformer else []:
             with optional("Drawing a picture"):
                 generator = torch.Generator().manual_seed(run.seed + number)
-                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, run)
+                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, settings, run)
                 drawn[prompt, number] = latents[0]
     return drawn
 
@@ -3761,7 +3802,7 @@ def write_model_card(run: Run, files: list[Path]) -> str:
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
-        base_model=base if on_hub else None,  # the Hub refuses a card whose base model is a folder
+        base_model=[name for name in (base, args.validation_model_path) if name and not os.path.exists(name)] or None,
         instance_prompt=trigger or None,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=[
@@ -3778,6 +3819,7 @@ def write_model_card(run: Run, files: list[Path]) -> str:
     quantized = {"fp8": "float8", "int8": "int8", "nf4": "NF4"}.get(
         args.base_model_precision, args.bnb_quantization_config_path and "bitsandbytes' low precision"
     )
+    settings = ", ".join(f"{name}={value}" for name, value in drawing_settings(args, own=True).items())
     held = f", the base held in {quantized}" if quantized else ""
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
     rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
@@ -3794,7 +3836,7 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({hub_repository(args)!r})
-image = pipe({(prompts or [trigger or "a photo"])[0]!r}, guidance_scale={args.guidance_scale}).images[0]
+image = pipe({(prompts or [trigger or "a photo"])[0]!r}, {settings}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
@@ -3988,11 +4030,11 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
 
 def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """Whether all processes are about to do the same. Raises UserError."""
-    seen = digest_of((fingerprint, checkpoint and checkpoint.step))
+    seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
     if len(set(gather_object([seen]))) > 1:
         raise UserError(
-            "the processes see different pictures, settings or checkpoints: start all machines with the same flags, "
-            "and keep the pictures and --output_dir on storage that all of them reach"
+            "the processes see different pictures, settings, checkpoints or versions of this script: start all "
+            "machines with the same, and keep pictures and --output_dir on storage that all of them reach"
         )
 
 
@@ -4092,6 +4134,8 @@ def main(args: argparse.Namespace) -> None:
 def print_error(text: str) -> None:
     """One line on standard error, also where a file name in it holds line ends or control characters."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        line = f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}: {line}"
     with contextlib.suppress(OSError, ValueError):  # it may be full or closed
         print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
 
@@ -4113,6 +4157,11 @@ def run_command_line() -> int:
     except torch.OutOfMemoryError as error:
         less = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
         print_error(f"{first_line(error)} Less memory: {less}")
+        return 1
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        print_error(f"another process has ended, and says why ({first_line(error)})")
         return 1
     except KeyboardInterrupt:
         return 130

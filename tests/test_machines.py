@@ -4,25 +4,34 @@ Each test makes the condition of the machine in this process: a system call that
 user's, a signal. `trainer.main` runs here as well, on a tiny model; what is looked at is what is left on the disk.
 """
 
+import collections
 import contextlib
 import errno
+import functools
 import json
 import logging
+import math
 import os
 import pwd
 import shlex
+import shutil
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import errors
+from PIL import Image
 from safetensors.torch import save_file
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import SCRIPT, events, run, train_args
+from test_checkpoint import make_state
+from tiny import SCRIPT, build_tiny_pipeline, events, run, train_args
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -94,7 +103,9 @@ def break_something(*args, **kwargs):
     raise RuntimeError("it broke")
 
 
-@pytest.mark.parametrize("broken", ["comfyui_state", "write_model_card", "draw_images", "save_picture", "load_vae"])
+@pytest.mark.parametrize(
+    "broken", ["comfyui_state", "write_model_card", "draw_latents", "save_picture", "decode_latents"]
+)
 def test_what_comes_after_the_lora_may_break(broken, train, tmp_path, monkeypatch):
     save_result = trainer.save_result
 
@@ -355,14 +366,14 @@ def test_a_system_without_some_signals_does_with_the_others(monkeypatch):
 
 
 def test_a_signal_while_pictures_are_drawn_does_not_wait_for_all_of_them(train, tmp_path, monkeypatch):
-    drawn = send(monkeypatch, "draw_images", signal.SIGTERM, call=2)
+    drawn = send(monkeypatch, "draw_latents", signal.SIGTERM, call=2)
     status, output = train(**{**PICTURES, "num_validation_images": 9}, max_train_steps=4)
     assert status == 143 and len(drawn) == 2
     assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
 
 
 def test_a_signal_while_the_last_pictures_are_drawn_leaves_a_finished_run(train, tmp_path, monkeypatch):
-    drawn = send(monkeypatch, "draw_images", signal.SIGTERM, call=1)
+    drawn = send(monkeypatch, "draw_latents", signal.SIGTERM, call=1)
     flags = {"final_validation_prompt": "a dog", "num_validation_images": 9, "validation_num_inference_steps": 1}
     status, output = train(**flags, max_train_steps=1, skip_final_inference=False)
     assert status == 143 and len(drawn) == 1
@@ -581,3 +592,251 @@ def test_a_base_adapter_that_does_not_fit_is_refused_with_module_and_sizes(shape
         save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
     with pytest.raises(trainer.UserError, match=f"--base_adapter .*{reason}"):
         trainer.read_base_adapter(parsed(base_adapter=f"{file}:0.5"), linear_layers(tiny_model))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Puts a model into a cache as `hf download` does, and no Hub is in reach; returns the flags that name it."""
+
+    def cache(model, revision="main"):
+        folder, commit = tmp_path / "hub" / "models--someone--z-image", trainer.digest_of(revision)
+        shutil.copytree(model, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        return {"pretrained_model_name_or_path": "someone/z-image", "cache_dir": tmp_path / "hub"}
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_a_model_in_the_cache_of_the_hub_works_offline_by_its_id(offline, train, tiny_model, tmp_path):
+    status, output = train(**offline(tiny_model), max_train_steps=1)
+    assert status == 0 and (tmp_path / "out" / LORA).is_file()
+    assert "base_model:\n- someone/z-image\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_a_run_goes_on_with_the_same_model_from_elsewhere_and_not_with_another_revision(
+    offline, train, tiny_model, tmp_path
+):
+    train(max_train_steps=1, checkpointing_steps=1)
+    resume = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    by_id = offline(tiny_model)
+    assert train("--dry_run", **by_id, **resume)[0] == 0
+    offline(build_tiny_pipeline(tmp_path / "other", seed=1), revision="v2")
+    status, output = train("--dry_run", **by_id, **resume, revision="v2")
+    assert status == 2 and "transformer was" in output
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (errors.GatedRepoError, "accept its terms"),
+        (errors.RepositoryNotFoundError, "hf auth login"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.LocalEntryNotFoundError, "hf download"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_one_line_with_what_to_do(
+    kind, advice, train, refuse_models, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(trainer, "snapshot_download", refuse)
+    status, output = train(pretrained_model_name_or_path="someone/z-image")
+    assert status == 2 and "someone/z-image" in output and advice in output.splitlines()[-1]
+
+
+def test_the_card_names_the_model_on_which_the_pictures_were_looked_at(tmp_path):
+    flags = {
+        "pretrained_model_name_or_path": "org/Z-Image",
+        "validation_model_path": "org/Turbo",
+        "output_dir": tmp_path,
+    }
+    args = trainer.parse_args(train_args(None, "d", None, **flags))
+    lora = SimpleNamespace(rank=4, alpha=4, targets={})
+    assert trainer.write_model_card(SimpleNamespace(args=args, lora=lora), []) == "README.md"
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == ["org/Z-Image", "org/Turbo"]
+    assert "num_inference_steps=50, guidance_scale=5.0)" in card.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_on_gpus_objects_go_over_gloo_and_a_process_waits_two_hours_for_one_that_draws(monkeypatch):
+    joined = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", joined.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, **more: joined.append((args, more)) or 1 / 0
+    )
+    with pytest.raises(trainer.UserError):
+        trainer.make_accelerator(parsed())
+    assert joined == [3, (("cuda:nccl,cpu:gloo",), {"timeout": timedelta(hours=2)})]
+
+
+def test_another_version_of_the_script_is_noticed_before_the_first_step(monkeypatch):
+    seen = []
+    for version in ("this", "that"):
+        monkeypatch.setattr(trainer, "file_digest", lambda path, version=version: version)
+        monkeypatch.setattr(trainer, "gather_object", lambda objects: seen.extend(objects) or objects)
+        trainer.check_same_everywhere({"rank": 4}, None)
+    monkeypatch.setattr(trainer, "gather_object", lambda objects: seen)
+    with pytest.raises(trainer.UserError, match="versions of this script"):
+        trainer.check_same_everywhere({"rank": 4}, None)
+
+
+@pytest.mark.parametrize("reason", ["[/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:5", "it broke"])
+def test_a_process_whose_others_have_ended_says_so_in_one_line(reason, monkeypatch, capsys):
+    def end(args):
+        raise RuntimeError(reason)
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr(trainer, "parse_args", lambda: None)
+    monkeypatch.setattr(trainer, "main", end)
+    if reason == "it broke":  # a fault of the program's, whose place is of interest
+        with pytest.raises(RuntimeError, match=reason):
+            trainer.run_command_line()
+    else:
+        assert trainer.run_command_line() == 1
+        line = capsys.readouterr().err.strip()
+        assert "error: process 2 of 4: another process has ended" in line and reason in line
+
+
+def test_processes_without_a_device_for_each_are_refused(monkeypatch):
+    monkeypatch.setattr(trainer, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(trainer.UserError, match="several processes"):
+        trainer.make_accelerator(parsed())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert trainer.make_accelerator(parsed()).num_processes == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What no test saw when it was changed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"guidance_scale": 1.5}, {"num_inference_steps": 50, "guidance_scale": 5.0}),
+        ({"guidance_scale": 0}, {"num_inference_steps": 8, "guidance_scale": 0.0}),
+        ({"guidance_scale": 0, "validation_model_path": "Turbo"}, {"num_inference_steps": 50, "guidance_scale": 5.0}),
+    ],
+)
+def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        trainer, "load_drawing_transformer", lambda pipeline, dtype, run: drawn.append(dtype) or torch.nn.Linear(1, 1)
+    )
+    monkeypatch.setattr(trainer, "draw_latents", lambda *args: drawn.append(args[4]) or [torch.zeros(1)])
+    monkeypatch.setattr(trainer, "decode_latents", lambda latents, run: [Image.new("RGB", (8, 8))])
+    flags = {**flags, "class_data_dir": tmp_path, "num_class_images": 1, "prior_generation_precision": "fp16"}
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, device=torch.device("cpu"))
+    args = parsed(**flags, validation_num_inference_steps=8)
+    run = SimpleNamespace(args=args, accelerator=accelerator, own_part=list, pipeline=None, seed=0)
+    trainer.generate_class_images(1, {}, run)
+    assert drawn == [torch.float16, expected] and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model(dtype, tiny_model, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        trainer.ZImageTransformer2DModel, "set_attention_backend", lambda model, name: chosen.append(name)
+    )
+    pipeline = SimpleNamespace(load=lambda cls, part, **more: cls.from_pretrained(tiny_model, subfolder=part))
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    args = parsed(attention_backend="native")
+    run = trainer.Run(args, accelerator, pipeline, 0, torch.float32, None)
+    monkeypatch.setattr(trainer.Run, "sharded", False)
+    monkeypatch.setattr(trainer.Run, "compiled", False)
+    trainer.load_drawing_transformer(pipeline, dtype, run)
+    assert chosen == ["native"]
+
+
+def test_tf32_is_allowed_by_its_flag_alone(train):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        train("--dry_run")
+        assert not matmul.allow_tf32
+        train("--dry_run", "--allow_tf32")
+        assert matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_the_held_out_levels_of_the_pictures_cover_the_schedule_evenly(monkeypatch):
+    levels = []
+    monkeypatch.setattr(
+        trainer,
+        "training_loss",
+        lambda transformer, vae, batch, *rest: levels.append(batch.sigmas.item()) or torch.ones(()),
+    )
+    example = functools.partial(
+        trainer.Example, "held-out", source=Path("x"), caption="a", origin="", size=(8, 8), bucket=(8, 8), repeats=1
+    )
+    examples = [example(name=str(n)) for n in range(4)]
+    plan = SimpleNamespace(examples={"held-out": examples}, prompt_embeds={"a": torch.zeros(1, 1)})
+    data = SimpleNamespace(
+        plan=plan,
+        latents=collections.defaultdict(lambda: torch.zeros(1, 1, 1)),
+        sigmas=torch.linspace(0, 1, 4801)[:-1],
+    )
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    trainer.held_out_loss(None, data, SimpleNamespace(sharded=True, seed=0, accelerator=accelerator))
+    assert sorted(levels) == pytest.approx([(n + 0.5) / 48 for n in range(48)], abs=1e-4)
+
+
+def test_two_runs_may_write_one_entry_of_the_cache_at_the_same_time(tmp_path, monkeypatch):
+    cache, save = trainer.EncodingCache(tmp_path), trainer.save_file
+
+    def save_while_another_does(tensors, path):
+        monkeypatch.setattr(trainer, "save_file", save)
+        save(tensors, path)
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        cache.put(("key",), torch.ones(3))  # the other run, from its begin to its end
+        assert Path(path).exists()  # this one's is not in its way
+
+    monkeypatch.setattr(trainer, "save_file", save_while_another_does)
+    cache.put(("key",), torch.ones(3))
+    assert torch.equal(cache.get(("key",)), torch.ones(3)) and len([*tmp_path.iterdir()]) == 1
+
+
+def test_fp16_is_scaled_skips_what_is_not_finite_and_keeps_its_scale_in_checkpoints(tiny_model, tmp_path):
+    state = make_state(tiny_model)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    state.optimizer.param_groups[0]["lr"] = 1e-3  # warmed up
+    run = SimpleNamespace(
+        args=parsed(max_grad_norm=1.0), accelerator=SimpleNamespace(unscale_gradients=state.scaler.unscale_)
+    )
+    before = [parameter.clone() for parameter in state.parameters]
+    for factor in (1.0, float("inf")):
+        loss = state.scaler.scale(sum(parameter.sum() for parameter in state.parameters) * factor)
+        loss.backward()
+        norm = trainer.apply_gradients(state, torch.stack([loss.detach(), torch.zeros(())]), run)[2]
+        assert math.isfinite(norm) == (factor == 1.0)
+        if factor == 1.0:
+            assert norm == pytest.approx(sum(p.numel() for p in state.parameters) ** 0.5)  # of the gradients unscaled
+            after = [parameter.clone() for parameter in state.parameters]
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(after, state.parameters, strict=True))
+    assert state.scaler.get_scale() == 512.0
+    state.save(tmp_path)
+    other = make_state(tiny_model)
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    other.load(tmp_path)
+    assert other.scaler.get_scale() == 512.0
