@@ -1,10 +1,12 @@
 """Flags have their effect, looked at where they take it: in the functions of the trainer, on the tiny model."""
 
+import ast
 import dataclasses
 import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -12,12 +14,53 @@ import pytest
 import torch
 
 import train_dreambooth_lora_z_image as trainer
+from flags import TESTED, WITHOUT_EFFECT
+from running import ROOT, SCRIPT, run_here
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import ROOT, build_tiny_pipeline, train_args
+from tiny import build_tiny_pipeline, train_args
 
 
 def parsed(**flags):
     return trainer.parse_args(train_args("model", "pictures", "out", **flags))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_tested_somewhere_or_accepted_without_effect():
+    flags = {action.dest for action in trainer.build_parser()._actions} - {"help"}
+    assert flags == TESTED.keys() | WITHOUT_EFFECT
+
+
+def test_every_flag_has_its_documented_default():
+    args = vars(trainer.build_parser().parse_args(["--pretrained_model_name_or_path=m", "--output_dir=out"]))
+    given = {"pretrained_model_name_or_path", "output_dir"}
+    found = {name: value for name, value in args.items() if name not in given | WITHOUT_EFFECT}
+    assert found == {name: default for name, (default, _) in TESTED.items() if name not in given}
+    assert not [name for name in WITHOUT_EFFECT if args[name] is not None]
+
+
+@pytest.mark.parametrize("flag", TESTED)
+def test_the_test_of_a_flag_exists_and_names_it(flag):
+    file, _, name = TESTED[flag][1].partition("::")
+    path = ROOT / "tests" / f"test_{file}.py"
+    text = path.read_text(encoding="utf-8")
+    assert re.search(rf"^def test_{name}\(", text, re.M), f"{path.name} has no test_{name}"
+    assert flag in text or flag.removeprefix("prodigy_") in text, f"{path.name} does not name --{flag}"
+
+
+def test_every_flag_is_read():
+    own_functions = ("build_parser", "ineffective_flags")  # what these read has no effect
+    read = set()
+    for statement in ast.parse(SCRIPT.read_text("utf-8")).body:
+        if getattr(statement, "name", None) in own_functions:
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "args":
+                read.add(node.attr)
+    assert TESTED.keys() <= read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +212,33 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
     assert download.call_args.args == ("someone/adapter",)
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_allowed_where_it_is_asked_for(allowed, tiny_model, shared_photos, tmp_path):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        flags = {"dry_run": True, "allow_tf32": allowed}
+        run_here(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [({}, torch.float32), ({"prior_generation_precision": "bf16"}, torch.bfloat16)]
+)
+def test_class_pictures_are_drawn_in_the_precision_that_is_asked_for(flags, dtype, tiny_model, tmp_path):
+    run = make_run(tiny_model, class_data_dir=tmp_path, class_prompt="a dog", **flags)
+    run.accelerator.wait_for_everyone = lambda: None
+    drawing = mock.patch.object(trainer, "draw_latents", side_effect=KeyboardInterrupt)
+    with drawing as draw_latents, pytest.raises(KeyboardInterrupt):
+        trainer.generate_class_images(1, {}, run)
+    assert draw_latents.call_args.args[0].dtype == dtype
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimization
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +268,20 @@ def test_prodigy_is_built_as_the_flags_say(value):
     (group,) = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0).param_groups
     assert (group["beta3"], group["betas"][0]) == (0.7, 0.8)
     assert {name: group[name] for name in switches} == switches
+
+
+@pytest.mark.parametrize("norm", [0.25, 8.0])
+def test_gradients_are_clipped_to_the_norm_that_is_given(norm, tiny_model):
+    run = make_run(tiny_model, max_grad_norm=norm)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    parameter.grad = torch.tensor([3.0, 4.0])
+    run.accelerator.unscale_gradients = lambda optimizer: None
+    state = trainer.TrainingState(None, [parameter], optimizer, schedule, scaler=None)
+    *_, logged = trainer.apply_gradients(state, torch.zeros(2), run)
+    assert logged == pytest.approx(5.0)
+    assert parameter.norm().item() == pytest.approx(min(5.0, norm), rel=1e-4)
 
 
 def polynomial(step, total=10, warmup=2, power=2, last=1e-7):
@@ -251,7 +335,7 @@ def settings(tiny_model, shared_photos):
 
 
 def checkpoint_of(fingerprint):
-    return trainer.Checkpoint(Path("checkpoint-1"), step=1, seed=0, fingerprint=fingerprint)
+    return trainer.Checkpoint(Path("checkpoint-1"), step=1, seed=0, fingerprint=fingerprint, trackers={})
 
 
 @pytest.mark.parametrize("name", trainer.MATHEMATICS)
@@ -318,12 +402,17 @@ def test_a_full_device_is_said_in_one_line_with_what_helps(capsys):
     assert "CUDA out of memory." in line and "--gradient_checkpointing" in line
 
 
-def test_a_file_that_does_not_read_back_is_an_error(tiny_model, tmp_path):
-    run = make_run(tiny_model)
-    run.args.output_dir = str(tmp_path)
+def test_a_file_that_does_not_read_back_is_an_error(tiny_model, tmp_path, caplog):
+    run = make_run(tiny_model, output_dir=tmp_path)
     transformer, _ = prepare(run)
     trainer.save_result(transformer, run)
     comfyui_state = trainer.comfyui_state
-    doubled = mock.patch.object(trainer, "comfyui_state", lambda state, alpha: comfyui_state(state, 2 * alpha))
+    with mock.patch.object(trainer, "comfyui_state", lambda state, alpha: comfyui_state(state, 2 * alpha)):
+        trainer.save_result(transformer, run)
+    assert "does not read back" in caplog.text  # the LoRA itself is there
+    save_lora = trainer.save_lora
+    doubled = mock.patch.object(
+        trainer, "save_lora", lambda *args: {name: 2 * tensor for name, tensor in save_lora(*args).items()}
+    )
     with doubled, pytest.raises(trainer.TrainingError, match="does not read back"):
         trainer.save_result(transformer, run)
