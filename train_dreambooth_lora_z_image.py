@@ -34,6 +34,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -480,6 +481,12 @@ class OutputFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
         self.update(files=self.record["files"] | {name: file_digest(path)})
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is as this program left it."""
+        if name in self.own_files:
+            (self.path / name).unlink()
+            self.update(files={other: digest for other, digest in self.record["files"].items() if other != name})
 
 
 def release_memory() -> None:
@@ -2386,10 +2393,34 @@ def check_file(file: Path, state: State, scale: float, scale_as_read: float) -> 
             raise TrainingError(f"{file} does not read back as it was written: {name}")
 
 
-def comfyui_file(output_dir: str) -> str:
+def comfyui_file(output_dir: str, suffix: str = "") -> str:
     """The name of the file for ComfyUI: that of the output folder, since it stands among others there."""
     name = os.fsencode(Path(output_dir).resolve().name)[:200].decode(errors="ignore")  # file systems allow 255 bytes
-    return f"comfyui/{name or 'lora'}.safetensors"
+    return f"comfyui/{name or 'lora'}{suffix}.safetensors"
+
+
+def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Run) -> Path:
+    """Write the LoRA for ComfyUI, with what model managers show of it and nothing private. Returns the file."""
+    args, side = run.args, round_size(run.args.resolution[-1])
+    state = {
+        name: tensor.to("cpu", run.saving_dtype) for name, tensor in get_peft_model_state_dict(transformer).items()
+    }
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "z-image/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": Path(args.output_dir).resolve().name + suffix,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    if args.push_to_hub and args.instance_prompt:
+        metadata["modelspec.trigger_phrase"] = args.instance_prompt
+    with OutputFolder(args.output_dir).writing(comfyui_file(args.output_dir, suffix)) as file:
+        part = file.with_name(".part")
+        save_file(comfyui_state(state, run.lora.alpha), part, metadata=metadata)
+        put_in_place(part, file)
+    return file
 
 
 def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
@@ -2409,10 +2440,7 @@ def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
         f"pipe.load_lora_weights({args.output_dir!r})"
     )
     with optional("The file for ComfyUI"):
-        with output.writing(comfyui_file(args.output_dir)) as file:
-            part = file.with_name(".part")
-            save_file(comfyui_state(state, run.lora.alpha), part, metadata={"format": "pt"})
-            put_in_place(part, file)
+        file = save_for_comfyui(transformer, "", run)
         check_file(file, state, scale, scale_as_read=1.0)  # an alpha inside is folded into A and B
         logger.info(f"For ComfyUI it is in {file}")
 
@@ -3139,6 +3167,8 @@ class Validation:
                 output = OutputFolder(self.run.args.output_dir)
                 with optional("best/"), output.writing(f"best/{LORA_FILE}") as file:
                     save_lora(self.transformer, file.parent, self.run.saving_dtype)
+                with optional("The file for ComfyUI"):
+                    save_for_comfyui(self.transformer, "-best", self.run)
         prompts, files = validation_prompts(self.run.args, final), []
         if prompts:
             embeds = self.data.plan.prompt_embeds
@@ -3347,6 +3377,8 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
             flush_to_disk(path)
         if final in own_checkpoints(output_dir):
             remove_checkpoint(final)
+        with optional("The file for ComfyUI"):
+            save_for_comfyui(state.transformer, f"-{state.step:06d}", run)
         rename(part, final)  # fails where it holds files of the user's
         flush_to_disk(output_dir)
     except (OSError, SafetensorError) as error:
@@ -3357,6 +3389,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
     for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
         try:
             remove_checkpoint(path)
+            OutputFolder(output_dir).remove(comfyui_file(run.args.output_dir, f"-{int(path.name[11:]):06d}"))
         except OSError as error:
             logger.warning(f"{path} could not be removed ({first_line(error)})")
     logger.info(f"Saved {final}")
@@ -3858,7 +3891,7 @@ def push_to_hub(run: Run, files: list[Path]) -> None:
 
     args = run.args
     api, folder, card = HfApi(token=args.hub_token), Path(args.output_dir), "README.md"
-    patterns = [LORA_FILE, "comfyui/*.safetensors", "samples/*.png"]
+    patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]
     try:
         repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
         owned = argparse.Namespace(**{**vars(args), "hub_model_id": repository})

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lora_z_image as trainer
 from tiny import lora_file, lora_metadata, lora_tensors, run_script, train_args
@@ -467,3 +469,102 @@ def test_a_file_that_cannot_be_used_is_one_line_and_exit_status_2(flag, tiny_mod
     finished = run_script(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags), check=False)
     assert finished.returncode == 2
     assert f"error: --{flag}: {tmp_path / 'model.safetensors'} is a GGUF file: give" in finished.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files out
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPT = "a photo of sks dog"
+
+
+def module_of_comfyui(config):
+    """{prefix of a LoRA's keys: (weight of ComfyUI's model, its part of the rows, shape)}, by its loader's rules.
+
+    For Z-Image it knows diffusers' names of the blocks and of what is around them, after `diffusion_model.`; q, k
+    and v are thirds of one matrix. Keys of other names are left out with a warning.
+    """
+    known, dim = {}, config["dim"]
+    for module, shape in trainer.linear_layers(config).items():
+        *_, last = module.split(".attention.to_")
+        if last in ("q", "k", "v"):
+            weight, rows = module.replace(f"to_{last}", "qkv"), ("q", "k", "v").index(last) * dim
+            known[f"diffusion_model.{module}"] = weight, rows, shape
+        else:
+            weight = module.replace("to_out.0", "out").replace("all_", "").replace(".2-1", "")
+            known[f"diffusion_model.{module}"] = weight, 0, shape
+    return known
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tiny_model, shared_photos, tmp_path_factory):
+    """The output folder of a run with checkpoints, of which one is kept, and the best LoRA."""
+    out = tmp_path_factory.mktemp("checkpointed") / "toy"
+    flags = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "max_train_steps": 4, "validation_epochs": 1}
+    flags |= {
+        "validation_data_dir": out.parent / "held-out",
+        "save_best": True,
+        "lora_layers": f"layers.0,{LAYERS}",
+        "rank": 2,
+    }
+    (out.parent / "held-out").mkdir()
+    Image.new("RGB", (64, 64), "orange").save(out.parent / "held-out" / "orange.png")
+    run_script(*train_args(tiny_model, shared_photos, out, **flags))
+    return out
+
+
+LAYERS = "to_q,to_k,to_v,to_out.0,all_x_embedder.2-1,all_final_layer.2-1.linear"
+
+
+def test_every_key_of_the_comfyui_file_is_one_that_its_loader_takes(checkpointed, config):
+    known, state = module_of_comfyui(config), load_file(checkpointed / "comfyui" / "toy.safetensors")
+    modules = {name.rpartition(".alpha")[0] for name in state if name.endswith(".alpha")}
+    assert modules <= known.keys() and len(modules) > 10
+    parts = ("lora_A.weight", "lora_B.weight", "alpha")
+    assert state.keys() == {f"{module}.{part}" for module in modules for part in parts}
+    for module in modules:
+        down, up, alpha = (state[f"{module}.{part}"] for part in parts)
+        _, _, (inputs, outputs) = known[module]
+        assert down.shape == (2, inputs) and up.shape == (outputs, 2) and alpha.shape == () and alpha.item() == 4
+
+
+def test_each_checkpoint_and_the_best_have_a_file_for_comfyui_and_it_goes_with_its_checkpoint(checkpointed):
+    assert sorted(file.name for file in (checkpointed / "comfyui").iterdir()) == [
+        "toy-000003.safetensors",
+        "toy-000004.safetensors",
+        "toy-best.safetensors",
+        "toy.safetensors",
+    ]
+    assert sorted(folder.name for folder in checkpointed.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+    def prefixed(folder):
+        return {name.replace("transformer.", "diffusion_model."): t for name, t in lora_tensors(folder).items()}
+
+    for folder, name in (("checkpoint-3", "toy-000003"), ("best", "toy-best"), (".", "toy")):
+        state = load_file(checkpointed / "comfyui" / f"{name}.safetensors")
+        expected = prefixed(checkpointed / folder)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_the_comfyui_file_describes_itself_and_tells_nothing_private(checkpointed, tiny_model, tmp_path):
+    def metadata(file):
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata()
+
+    described = metadata(checkpointed / "comfyui" / "toy.safetensors")
+    assert described.pop("modelspec.date").count("-") == 2
+    assert described == {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "z-image/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "toy",
+        "modelspec.resolution": "64x64",
+    }
+    transformer = trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+    args = trainer.parse_args(train_args(tiny_model, "photos", tmp_path / "pushed", push_to_hub=True))
+    lora, cpu = trainer.read_lora_settings(args, dict(transformer.config)), SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(args=args, lora=lora, seed=0, accelerator=cpu, saving_dtype=torch.float32)
+    trainer.add_lora(transformer, run)
+    file = trainer.save_for_comfyui(transformer, "", run)
+    assert metadata(file)["modelspec.trigger_phrase"] == PROMPT
