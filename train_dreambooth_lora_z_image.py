@@ -627,12 +627,10 @@ def build_parser() -> OneLineErrorParser:
     add("--caption_column", metavar="NAME", help="Its column of captions, or the field of metadata.jsonl or .csv.")
     add("--instance_prompt", metavar="PROMPT",
         help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
-    add("--caption_prefix", metavar="TEXT",
-        help="Put before every caption of an instance picture that does not begin with it: a trigger word.")
+    add("--caption_prefix", metavar="TEXT", help="A trigger word, put before captions that do not begin with it.")
     add("--masked_loss", action="store_true",
         help="Weigh each picture's loss by its alpha channel, or by photo-masklabel.png: white is what matters.")
-    add("--unmasked_weight", type=fraction, default=0.1, metavar="W",
-        help="What the rest weighs, as a fraction of that. Default: 0.1.")
+    add("--unmasked_weight", type=fraction, default=0.1, metavar="W", help="Of the rest, beside that. Default: 0.1.")
     add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
     add("--resolution", type=resolutions, default=(1024,), metavar="PIXELS",
         help="Side of the training pictures, or several: 512,768,1024 trains each picture at each. Default: 1024.")
@@ -780,12 +778,6 @@ def bucket_ladder(resolution: int) -> list[Size]:
     return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
 
 
-@functools.cache
-def smallest_area(resolution: int) -> int:
-    """Pixels of the smallest of those buckets."""
-    return min(math.prod(bucket) for bucket in bucket_ladder(resolution))
-
-
 def list_buckets(args: argparse.Namespace) -> list[Size] | None:
     """The smallest buckets to choose from, or None where each picture finds its own size."""
     if args.aspect_ratio_buckets:
@@ -808,7 +800,7 @@ def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Si
     if buckets:
         return min(buckets, key=distance)
     for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
-        if smallest_area(side) > height * width:
+        if 0.75 * side**2 > height * width:  # then no bucket of the ladder is as small
             continue
         bucket = min(bucket_ladder(side), key=distance)
         if bucket[0] <= height and bucket[1] <= width:
@@ -971,15 +963,15 @@ def read_metadata(folder: Path, column: str | None) -> dict[str, Caption]:
     there = {field for _, row in rows if isinstance(row, dict) for field in row} - {"file_name", None}
     if path and column and column not in there:
         raise UserError(f"--caption_column {column}: {path} has only {', '.join(sorted(there)) or 'no fields'}")
-    fields = [column] if column else CAPTION_FIELDS
     for where, row in rows:
-        if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
-            raise UserError(f'{where} has no "file_name": correct it')
-        if None in row:  # cells beyond the header's
-            raise UserError(f"{where} has more cells than columns: put quotes around a text that holds commas")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{where}: {name!r} points outside the folder")
-        texts = (clean_caption(row.get(field), f"{where}, {name!r}") for field in fields)
+        name = row.get("file_name") if isinstance(row, dict) and None not in row else None  # None: cells too many
+        if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(
+                f'{where}: "file_name" is missing, or outside the folder, or a text lacks quotes: {row!r:.200}'
+            )
+        texts = (
+            clean_caption(row.get(field), f"{where}, {name!r}") for field in ([column] if column else CAPTION_FIELDS)
+        )
         captions[name] = next(filter(None, texts), ""), path
     return captions
 
@@ -1181,10 +1173,8 @@ def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> b
 def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
     """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
     dataset, column = args.dataset_name, args.image_column
-    try:
+    with user_errors("--dataset_name needs the datasets library, pip install datasets", ImportError):
         import datasets
-    except ImportError:
-        raise UserError("--dataset_name needs the datasets library: pip install datasets") from None
     with user_errors(f"--dataset_name {dataset} cannot be loaded"):
         if any(os.path.isfile(Path(dataset, name)) for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(dataset)
@@ -1195,10 +1185,8 @@ def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
     for flag, name in [("--image_column", column), ("--caption_column", args.caption_column)]:
         if name and name not in data.column_names:
             raise UserError(f"{flag} {name}: {dataset} has only {', '.join(data.column_names)}")
-    try:
+    with user_errors(f"--image_column {column} of {dataset} holds no pictures"):
         data = data.cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these
-        raise UserError(f"--image_column {column} of {dataset} holds no pictures") from None
     if not len(data):
         raise UserError(f"--dataset_name {dataset} is empty")
     captions = data[args.caption_column] if args.caption_column else [None] * len(data)
@@ -2513,29 +2501,20 @@ def predict_velocity(
 
 
 def mask_weights(masks: Tensor, unmasked_weight: float) -> Tensor:
-    """Weights of the squared errors, with a mean of 1 for each sample, from masks [B, 1, h, w] in [0, 1].
-
-    A crop in which nothing weighs anything has weights of 0: nothing is learned from it.
-    """
+    """Weights of mean 1, [B, 1, h, w], from masks in [0, 1]; of 0 where a crop holds nothing that weighs anything."""
     weights = unmasked_weight + (1 - unmasked_weight) * masks
     return weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def flow_matching_loss(
-    velocity: Tensor,
-    latents: Tensor,
-    noise: Tensor,
-    sigmas: Tensor,
-    weighting_scheme: str,
-    weights: Tensor | float = 1.0,
+    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str, mask: Tensor | float = 1
 ) -> Tensor:
-    """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma, in float32.
+    """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma and mask, in float32.
 
-    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0. `weights`, of masks,
-    [B, 1, h, w].
+    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
     """
     weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    losses = weighting * (weights * (velocity - (noise - latents)).square()).flatten(1).mean(1)
+    losses = weighting * (mask * (velocity - (noise - latents)).square()).flatten(1).mean(1)
     assert losses.shape == (len(latents),) and losses.dtype == torch.float32
     return losses
 
@@ -2557,8 +2536,8 @@ def training_loss(
     prompt_embeds = [embed.to(run.weight_dtype) for embed in batch.prompt_embeds]
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
-    by_mask = mask_weights(masks, run.args.unmasked_weight) if masks.shape[1] else 1.0
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme, by_mask)
+    mask = mask_weights(masks, run.args.unmasked_weight) if masks.shape[1] else 1
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme, mask)
     return (weights * losses).sum()
 
 
@@ -3552,16 +3531,11 @@ def other_flags(examples: Examples, run: Run) -> dict[str, float]:
 
 def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
     """Pairs of pictures with the same bytes; only those of the same size are read."""
-    by_size, pairs = {}, []
-    for example in examples:
-        size = example.source.stat().st_size if isinstance(example.source, Path) else len(example.source())
-        by_size.setdefault(size, []).append(example)
-    for same_size in by_size.values():
-        first = {}
-        for example in same_size if len(same_size) > 1 else []:
-            one = first.setdefault(hashlib.blake2b(read_bytes(example.source)).digest(), example)
-            pairs += [(one, example)] if one is not example else []
-    return pairs
+    files = [(e, e.source.stat().st_size if isinstance(e.source, Path) else len(e.source())) for e in examples]
+    often, first = Counter(size for _, size in files), {}
+    alike = [e for e, size in files if often[size] > 1]
+    pairs = [(first.setdefault(hashlib.blake2b(read_bytes(e.source)).digest(), e), e) for e in alike]
+    return [(one, other) for one, other in pairs if one is not other]
 
 
 def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
@@ -3570,17 +3544,16 @@ def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
     origins = Counter(f"{e.origin.suffix.lower()} files" if isinstance(e.origin, Path) else e.origin for e in examples)
     lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
     lines.append("  captions: " + ", ".join(f"{number} from {origin}" for origin, number in origins.items()))
-    if masked := [e for e in examples if e.mask]:
-        files = sum(isinstance(e.mask, Path) for e in masked)
-        lines.append(f"  masks of the loss: {files} from files, of the others from alpha channels")
+    if any(example.mask for example in examples):
+        lines.append(
+            f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel, if any"
+        )
     if folder:
         read = {Path(folder), *(place for place, _ in places)}
-        used = {path for e in examples for path in (e.source, e.origin, e.mask)}.union(
-            read, *(place.parents for place in read)
-        )
-        left_out = [
-            str(path.relative_to(folder)) for place in sorted(read) for path in list_folder(place) if path not in used
-        ]
+        used = {path for e in examples for path in (e.source, e.origin, e.mask)} | read
+        used |= {path for place in read for path in place.parents}
+        paths = [path for place in sorted(read) for path in list_folder(place) if path not in used]
+        left_out = [str(path.relative_to(folder)) for path in paths]
         lines += [f"  left out: {listed(left_out, 20)}"] if left_out else []
     return lines
 
