@@ -1523,7 +1523,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if args.base_model_precision == "fp8" and precision is None and launcher_precision == "no":
         precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
     device = torch.accelerator.current_accelerator()
-    if device and "LOCAL_RANK" in os.environ and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if (
+        device
+        and device.type != "mps"
+        and "LOCAL_RANK" in os.environ
+        and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    ):
         with user_errors("the processes cannot be joined"):
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             backend = torch.distributed.get_default_backend_for_device(device.type)
@@ -3707,7 +3712,7 @@ def set_aside_earlier_run(args: argparse.Namespace) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             rename(output.path / name, folder / name)
             with contextlib.suppress(OSError):
-                (output.path / name).parent.rmdir()  # where that was the last file of it
+                os.removedirs((output.path / name).parent)  # where that was the last file of it
     logger.warning(
         f"{output.path} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
     )
