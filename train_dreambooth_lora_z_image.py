@@ -231,10 +231,7 @@ def user_errors(what: str, *types: type[Exception]) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}") from None
 
 
-@functools.cache
-def error_once(text: str) -> None:
-    """Log, from whichever process, what could otherwise be said at every step."""
-    logger.error(text)
+error_once = functools.cache(logger.error)  # for what could be said at every step
 
 
 @contextlib.contextmanager
