@@ -708,11 +708,15 @@ def build_parser() -> OneLineErrorParser:
         help="Shift of the training sigmas alone; inference keeps its own. Default: the scheduler's.")
     add("--seed", type=bounded(int, low=0, high=2**63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
 
-    add = parser.add_argument_group("Validation").add_argument
+    validation = parser.add_argument_group("Validation")
+    add = validation.add_argument
     add("--validation_prompt", action="append", metavar="PROMPT",
-        help="Draw pictures of it while training, always from the same noise. May be repeated, or name a text file.")
+        help="Draw pictures of it while training, always from the same noise. May be repeated, or name a text file "
+             "of prompts, whose lines may end in --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED --n NEGATIVE.")
     add("--num_validation_images", type=whole, default=4, metavar="N", help="For each prompt; 0: none. Default: 4.")
-    add("--validation_epochs", type=count, default=50, metavar="N", help="Validate every N epochs. Default: 50.")
+    either = validation.add_mutually_exclusive_group().add_argument
+    either("--validation_epochs", type=count, default="50", metavar="N", help="Validate every N epochs. Default: 50.")
+    either("--validation_steps", type=count, metavar="N", help="Validate every N updates instead.")
     add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
     add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
     add("--validation_model_path", metavar="MODEL",
@@ -810,24 +814,90 @@ def hub_repository(args: argparse.Namespace) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def read_prompts(prompts: list[str]) -> list[str]:
-    """The prompts, files among them read line by line. Raises UserError."""
-    read = []
-    for prompt in prompts:
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What is drawn of a prompt, and how."""
+
+    prompt: str
+    width: int  # in pixels, here and below before they are rounded to 16
+    height: int
+    guidance: float
+    steps: int
+    seed: int | None = None  # of the first picture, those of the next follow; None: the run's
+    negative_prompt: str = ""
+
+    @property
+    def size(self) -> Size:
+        return round_size(self.height), round_size(self.width)
+
+    def __repr__(self) -> str:
+        return repr(self.prompt)  # in trackers and on the card
+
+
+def drawing_settings(args: argparse.Namespace, own: bool) -> dict[str, float]:
+    """Steps and guidance of pictures: the flags', or the pipeline's `own`, of a distilled model the flags' again."""
+    defaults = inspect.signature(ZImagePipeline.__call__).parameters
+    settings = {name: defaults[name].default for name in ("num_inference_steps", "guidance_scale")}
+    if own and (args.guidance_scale > 0 or args.validation_model_path):
+        return settings
+    steps = args.validation_num_inference_steps or settings["num_inference_steps"]
+    return {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
+
+
+def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **options: Any) -> Drawing:
+    """A prompt, to be drawn as the flags say, or the pipeline's `own` settings, where its options do not."""
+    steps, guidance = drawing_settings(args, own).values()
+    size = {"width": args.resolution[-1], "height": args.resolution[-1]}
+    return Drawing(prompt, **{**size, "steps": steps, "guidance": guidance, **options})
+
+
+PROMPT_OPTIONS: dict[str, tuple[str, Callable]] = {
+    "w": ("width", count),
+    "h": ("height", count),
+    "s": ("steps", count),
+    "l": ("guidance", non_negative),
+    "d": ("seed", whole),
+    "n": ("negative_prompt", str),
+}
+
+
+def read_drawing(line: str, where: str, args: argparse.Namespace) -> Drawing:
+    """A line of a file of prompts, with its options: `a dog --w 768 --d 7 --n blurry`. Raises UserError."""
+    prompt, *words = re.split(r"(?:^|\s+)--(?=[^\s-])", line.strip())
+    options = {}
+    for name, *rest in (word.split(maxsplit=1) for word in words):
+        if name not in PROMPT_OPTIONS:
+            raise UserError(f"{where}: --{name} is none of {' '.join(f'--{known}' for known in PROMPT_OPTIONS)}")
+        field, kind = PROMPT_OPTIONS[name]
+        if not rest:
+            raise UserError(f"{where}: --{name} has no value: write it behind, or leave the option out")
+        with user_errors(f"{where}: --{name}", ValueError, argparse.ArgumentTypeError):
+            options[field] = kind(rest[0])
+    return drawing_of(prompt, args, **options)
+
+
+def read_prompts(args: argparse.Namespace) -> list[Drawing]:
+    """What `--validation_prompt` means, files read line by line. Raises UserError."""
+    drawings = []
+    for prompt in args.validation_prompt or []:
         is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        lines = [line for line in read_text(Path(prompt)).splitlines() if line.strip()] if is_file else [prompt]
-        if not lines or not is_file and prompt.endswith(".txt"):
+        lines = read_text(Path(prompt)).splitlines() if is_file else [prompt]
+        if not any(lines) or not is_file and prompt.endswith(".txt"):
             raise UserError(f"--validation_prompt {prompt} {'is empty' if is_file else 'is no file'}: check it")
-        read += lines
-    return read
+        if is_file:
+            where = f"--validation_prompt {prompt}, line"
+            drawings += [read_drawing(line, f"{where} {n}", args) for n, line in enumerate(lines, 1) if line.strip()]
+        else:
+            drawings.append(drawing_of(prompt, args))
+    return drawings
 
 
-def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[str]:
-    """The prompts to draw while training, or at its end."""
+def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[Drawing]:
+    """What to draw while training, or at its end."""
     if args.num_validation_images == 0 or final and args.skip_final_inference:
         return []
     if final and args.final_validation_prompt:
-        return [args.final_validation_prompt]
+        return [drawing_of(args.final_validation_prompt, args)]
     return args.validation_prompt or []
 
 
@@ -879,20 +949,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
     try:
         args.aspect_ratio_buckets and parse_buckets(args.aspect_ratio_buckets)
-        args.validation_prompt = read_prompts(args.validation_prompt or []) or None  # a file may change meanwhile
+        args.validation_prompt = read_prompts(args) or None  # a file may change meanwhile
     except UserError as error:
         parser.error(str(error))
     return args
-
-
-def drawing_settings(args: argparse.Namespace, own: bool) -> dict[str, float]:
-    """Steps and guidance of pictures: the flags', or the pipeline's `own`, of a distilled model the flags' again."""
-    defaults = inspect.signature(ZImagePipeline.__call__).parameters
-    settings = {name: defaults[name].default for name in ("num_inference_steps", "guidance_scale")}
-    if own and (args.guidance_scale > 0 or args.validation_model_path):
-        return settings
-    steps = args.validation_num_inference_steps or settings["num_inference_steps"]
-    return {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
 
 
 def ineffective_flags(args: argparse.Namespace) -> list[str]:
@@ -1384,10 +1444,12 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
         raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
     longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
     largest = (round_size(max(args.resolution)),) * 2
-    for height, width in parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [largest]:
+    sizes = parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [largest]
+    trained = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
+    drawn = [("validation_prompt", drawing.size) for drawing in validation_prompts(args)]
+    for flag_name, (height, width) in [*((trained, size) for size in sizes), *drawn]:
         if height > longest[0] or width > longest[1]:
-            size = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
-            raise UserError(f"--{size}: this model draws at most {longest[0]} x {longest[1]} pixels")
+            raise UserError(f"--{flag_name}: this model draws at most {longest[0]} x {longest[1]} pixels")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
@@ -2590,7 +2652,9 @@ class TrainingPlan:
         return min(step * self.total_batch_size, self.samples)
 
     def validates(self, step: int) -> bool:
-        """Whether the model is validated after `step` updates: before the first, and every `--validation_epochs`."""
+        """Whether the model is validated after `step` updates: before the first, and as often as the flags say."""
+        if self.run.args.validation_steps:
+            return step % self.run.args.validation_steps == 0
         every = self.run.args.validation_epochs * self.samples_per_epoch
         return step == 0 or self.samples_seen(step) // every > self.samples_seen(step - 1) // every
 
@@ -2778,34 +2842,37 @@ class OnePromptAtATime(torch.nn.Module):
 
 def draw_latents(
     transformer: ZImageTransformer2DModel,
-    prompt: str,
+    drawing: Drawing,
     generators: list[torch.Generator],
     prompt_embeds: dict[str, Tensor],
-    settings: dict[str, float],
     run: Run,
 ) -> list[Tensor]:
-    """Latents [C, h, w] on the CPU of pictures of a prompt, one for each generator, at the last `--resolution`.
+    """Latents [C, h, w] on the CPU of pictures of a prompt, one for each generator.
 
     The noise is drawn on the CPU, so that it is the same on every device.
     """
-    side = round_size(run.args.resolution[-1])
+    height, width = drawing.size
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(
         scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=OnePromptAtATime(transformer)
     )
     pipeline.vae_scale_factor = run.pipeline.vae_scale_factor
     pipeline.set_progress_bar_config(disable=True)
-    embed, negative = (prompt_embeds[text].to(run.accelerator.device, transformer.dtype) for text in (prompt, ""))
-    noise = torch.stack([torch.randn(run.pipeline.latent_shape((side, side)), generator=g) for g in generators])
+    embed, negative = (
+        prompt_embeds[text].to(run.accelerator.device, transformer.dtype)
+        for text in (drawing.prompt, drawing.negative_prompt)
+    )
+    noise = torch.stack([torch.randn(run.pipeline.latent_shape(drawing.size), generator=g) for g in generators])
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
         latents = pipeline(
             prompt_embeds=[embed] * len(generators),
             negative_prompt_embeds=[negative] * len(generators),
-            height=side,
-            width=side,
+            height=height,
+            width=width,
+            guidance_scale=drawing.guidance,
+            num_inference_steps=drawing.steps,
             latents=noise.to(run.accelerator.device),
             output_type="latent",
-            **settings,
         ).images
     return list(latents.float().cpu())
 
@@ -2855,10 +2922,10 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
     own, size = run.own_part(free[:missing]), args.sample_batch_size
     batches = [own[first : first + size] for first in range(0, len(own), size)]
-    drawn, settings = {}, drawing_settings(args, own=True)
+    drawn, drawing = {}, drawing_of(args.class_prompt, args, own=True)
     for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
-        latents = draw_latents(transformer, args.class_prompt, generators, prompt_embeds, settings, run)
+        latents = draw_latents(transformer, drawing, generators, prompt_embeds, run)
         drawn |= zip(numbers, latents, strict=True)
         if len(drawn) >= CLASS_IMAGES_AT_ONCE or numbers is batches[-1]:
             with set_aside(transformer, run):
@@ -2922,16 +2989,18 @@ def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, s
 
 
 def save_validation_images(
-    images: dict[tuple[int, int], Image.Image], prompts: list[str], step: int, held_out: float | None, run: Run
+    images: dict[tuple[int, int], Image.Image], prompts: list[Drawing], step: int, held_out: float | None, run: Run
 ) -> list[Path]:
     """Save pictures {(prompt, number): picture} and send them to the trackers; returns the files."""
     args, output, files = run.args, OutputFolder(run.args.output_dir), []
     kind = "step" if prompts == validation_prompts(args) else "final"  # of --final_validation_prompt
     for (prompt, number), image in sorted(images.items()):
         name, small, text = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}", image.copy(), PngInfo()
-        steps = f", {args.validation_num_inference_steps} steps" if args.validation_num_inference_steps else ""
-        settings = f"{image.width} x {image.height}, guidance {args.guidance_scale:g}{steps}"
-        about = {"prompt": prompts[prompt], "settings": settings, "seed": run.seed + number, "held_out_loss": held_out}
+        drawing = prompts[prompt]
+        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
+        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
+        seed = (run.seed if drawing.seed is None else drawing.seed) + number
+        about = {"prompt": drawing.prompt, "settings": settings, "seed": seed, "held_out_loss": held_out}
         text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
         small.thumbnail((256, 256))
         with output.writing(f"samples/thumbnails/{name}.jpg") as file:
@@ -2939,10 +3008,10 @@ def save_validation_images(
         with output.writing(f"samples/{name}.png") as file:
             save_picture(image, file, pnginfo=text)
         files.append(file)
-    for prompt, text in enumerate(prompts):
+    for prompt, drawing in enumerate(prompts):
         pictures = [picture_tensor(images[prompt, number]) for number in range(args.num_validation_images)]
         for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, text, torch.cat(pictures, dim=1).numpy(), step)
+            log_picture(tracker, prompt, drawing.prompt, torch.cat(pictures, dim=1).numpy(), step)
     return files
 
 
@@ -3026,7 +3095,7 @@ def write_gallery(output: OutputFolder, last_step: int, status: str, running: bo
 def draw_jobs(
     transformer: ZImageTransformer2DModel | None,
     jobs: list[tuple[int, int]],
-    prompts: list[str],
+    prompts: list[Drawing],
     prompt_embeds: dict[str, Tensor],
     stop: StopSignal,
     run: Run,
@@ -3036,22 +3105,22 @@ def draw_jobs(
     None where it lacks a transformer, cannot draw, or any process is asked to stop.
     """
     drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
-    settings = drawing_settings(run.args, own=False)
     for first in range(0, len(jobs), processes):
         if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
             break
         own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
         for prompt, number in own if transformer else []:
             with optional("Drawing a picture"):
-                generator = torch.Generator().manual_seed(run.seed + number)
-                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, settings, run)
+                seed = run.seed if prompts[prompt].seed is None else prompts[prompt].seed
+                generator = torch.Generator().manual_seed(seed + number)
+                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, run)
                 drawn[prompt, number] = latents[0]
     return drawn
 
 
 def draw_validation_images(
     transformer: ZImageTransformer2DModel,
-    prompts: list[str],
+    prompts: list[Drawing],
     prompt_embeds: dict[str, Tensor],
     stop: StopSignal,
     run: Run,
@@ -3059,7 +3128,7 @@ def draw_validation_images(
     """Draw pictures of the prompts with the model as it stands: {(prompt, number): picture}.
 
     Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation, that of the run's seed plus i in `ZImagePipeline`.
+    Picture i of a prompt has the same noise at every validation, that of its seed plus i in `ZImagePipeline`.
     None are returned where a process cannot draw, for want of memory for example, or is asked to stop.
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
@@ -3596,6 +3665,10 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
     for side in args.resolution:
         if round_size(side) != side:
             lines.append(f"--resolution {side} is rounded to {round_size(side)}, a multiple of 16")
+    for drawing in validation_prompts(args):
+        if {drawing.width, drawing.height} - {*drawing.size, args.resolution[-1]}:
+            rounded = f"{drawing.size[1]} x {drawing.size[0]}"
+            lines.append(f"{drawing!r}: {drawing.width} x {drawing.height} is rounded to {rounded}, multiples of 16")
     lines.append(
         f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
         f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
@@ -3814,7 +3887,7 @@ def write_model_card(run: Run, files: list[Path]) -> str:
         instance_prompt=trigger or None,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=[
-            {"text": prompts[number // args.num_validation_images], "output": {"url": path}}
+            {"text": prompts[number // args.num_validation_images].prompt, "output": {"url": path}}
             for number, path in enumerate(pictures)
         ]
         or None,
@@ -3844,7 +3917,7 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({hub_repository(args)!r})
-image = pipe({(prompts or [trigger or "a photo"])[0]!r}, {settings}).images[0]
+image = pipe({prompts[0] if prompts else trigger or "a photo"!r}, {settings}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
@@ -4094,7 +4167,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
-    prompts |= {*validation_prompts(args), *validation_prompts(args, final=True)}
+    for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]:
+        prompts |= {drawing.prompt, drawing.negative_prompt}
     prompt_embeds = encode_prompts(sorted(prompts), run)
     if missing:
         generate_class_images(missing, prompt_embeds, run)

@@ -90,6 +90,7 @@ TESTED = {
     "validation_prompt": (None, "resume::a_file_of_prompts_may_change_while_the_run_goes_on"),
     "num_validation_images": (4, "machines::no_pictures_and_no_learning_rate_can_be_asked_for"),
     "validation_epochs": (50, "stream::validation_comes_when_the_samples_seen_pass_a_multiple_of_its_epochs"),
+    "validation_steps": (None, "validation::validation_steps_counts_updates"),
     "final_validation_prompt": (None, "validation::final_validation_prompt_replaces_the_prompts_of_the_final_pictures_alone"),  # noqa: E501
     "skip_final_inference": (False, "validation::skip_final_inference_draws_no_pictures_after_training"),
     "guidance_scale": (5.0, "validation::guidance_changes_the_pictures_and_zero_is_none"),

@@ -331,7 +331,7 @@ def test_tensorboard_gets_the_pictures_of_every_validation(validated):
 def prompts_of(*flags):
     """The prompts that a command line means."""
     required = ["--pretrained_model_name_or_path=m", "--instance_data_dir=d", "--instance_prompt=p"]
-    return trainer.parse_args([*required, *flags]).validation_prompt
+    return [drawing.prompt for drawing in trainer.parse_args([*required, *flags]).validation_prompt]
 
 
 def test_prompts_come_from_the_command_line_and_from_text_files_in_their_order(tmp_path):
@@ -347,6 +347,103 @@ def test_a_prompt_file_that_is_not_utf_8_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         prompts_of(f"--validation_prompt={file}")
     assert str(file) in capsys.readouterr().err
+
+
+def read_line(line, tmp_path, **flags):
+    """What a line of a file of prompts asks for."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a cat\n{line}\n", encoding="utf-8")
+    args = trainer.parse_args(train_args("model", "photos", "out", validation_prompt=file, resolution=512, **flags))
+    return args.validation_prompt[1]
+
+
+def test_options_at_the_end_of_a_line_decide_over_the_flags(tmp_path):
+    line = "一只狗，油画 --w 768 --h 1024  --s 9 --l 1.5 --d 42 --n blurry, low-res - 模糊"
+    drawing = read_line(line, tmp_path, guidance_scale=4)
+    assert vars(drawing) == {
+        "prompt": "一只狗，油画",
+        "width": 768,
+        "height": 1024,
+        "steps": 9,
+        "guidance": 1.5,
+        "seed": 42,
+        "negative_prompt": "blurry, low-res - 模糊",
+    }
+
+
+def test_what_a_line_leaves_open_the_flags_decide(tmp_path):
+    drawing = read_line("a dog -- in the snow --h 256", tmp_path, guidance_scale=4, validation_num_inference_steps=3)
+    assert drawing == trainer.Drawing("a dog -- in the snow", width=512, height=256, guidance=4, steps=3)
+
+
+def test_options_are_read_in_files_alone():
+    assert prompts_of("--validation_prompt=a dog --w 64") == ["a dog --w 64"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a dog --ar 3:2", "--ar"),
+        ("a dog --w", "--w"),
+        ("a dog --w --h 64", "--w"),
+        ("a dog --w wide", "--w"),
+        ("a dog --s 0", "--s"),
+        ("a dog --d -1", "--d"),
+        ("a dog --l nan", "--l"),
+        ("a dog --w=64", "--w=64"),
+    ],
+)
+def test_an_option_that_is_unknown_or_without_its_number_is_named_with_its_line(line, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read_line(line, tmp_path)
+    [message] = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'prompts.txt'}, line 2: {words}" in message
+
+
+def test_a_picture_is_drawn_as_its_line_says_and_the_page_and_the_log_say_it(
+    tiny_model, shared_photos, tmp_path, capsys
+):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog --w 33 --h 48 --s 3 --l 2.5 --d 7 --n a cat\n", encoding="utf-8")
+    flags = DRAWING | {"max_train_steps": 1, "skip_final_inference": True}
+    train(tiny_model, shared_photos, tmp_path / "out", **flags, prompts=[file])
+    assert "33 x 48 is rounded to 32 x 48" in capsys.readouterr().err
+    pipeline = ZImagePipeline.from_pretrained(tiny_model)
+    for number in range(2):
+        expected = pipeline(
+            "a dog",
+            negative_prompt="a cat",
+            width=32,
+            height=48,
+            num_inference_steps=3,
+            guidance_scale=2.5,
+            generator=torch.Generator().manual_seed(7 + number),
+        ).images[0]
+        assert_same_picture(sample(tmp_path / "out", 0, number=number), np.asarray(expected))
+    page = Page(tmp_path / "out")
+    assert page.rows[0][1].strip() == "a dog32 x 48, guidance 2.5, 3 steps, not: a cat"
+    assert page.rows[1][1].strip() == "seed 7seed 8"
+
+
+def test_a_size_beyond_the_model_is_named_before_anything_is_loaded(tiny_model, shared_photos, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog --w 100000\n", encoding="utf-8")
+    with pytest.raises(trainer.UserError, match="--validation_prompt: this model draws at most"):
+        train(tiny_model, shared_photos, tmp_path / "out", dry_run=True, prompts=[file])
+
+
+def test_validation_steps_counts_updates(tiny_model, shared_photos, tmp_path):
+    flags = TRAINING | {"validation_steps": 4, "num_validation_images": 1, "validation_num_inference_steps": 1}
+    train(tiny_model, shared_photos, tmp_path, **flags, prompts=[DOG])
+    assert sorted({step for step, _ in Page(tmp_path).links}) == [0, 4]
+
+
+@pytest.mark.parametrize("epochs", [7, 50])
+def test_validation_steps_excludes_validation_epochs(epochs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trainer.parse_args(train_args("model", "photos", "out", validation_steps=3, validation_epochs=epochs))
+    [message] = capsys.readouterr().err.splitlines()
+    assert "--validation_steps" in message and "--validation_epochs" in message
 
 
 @pytest.mark.parametrize("prompt", ["一只狗" * 80, "a dog " * 200, "a/" * 100 + "b", "nul \0"])
@@ -412,11 +509,11 @@ def draw_gallery(out, prompts, steps, size=(SIDE, SIDE)):
     args = trainer.parse_args(
         [*train_args("model", "photos", out, num_validation_images=1, skip_final_inference=None)]
     )
-    args.validation_prompt = prompts
+    args.validation_prompt = [trainer.drawing_of(prompt, args) for prompt in prompts]
     run = SimpleNamespace(args=args, seed=0, accelerator=SimpleNamespace(trackers=[]))
     images = {(prompt, 0): Image.new("RGB", size, "red") for prompt in range(len(prompts))}
     for step in steps:
-        trainer.save_validation_images(images, prompts, step, None, run)
+        trainer.save_validation_images(images, args.validation_prompt, step, None, run)
     trainer.write_gallery(trainer.OutputFolder(out), max(steps), "now", running=True)
 
 
