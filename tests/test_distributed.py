@@ -686,6 +686,18 @@ def test_fsdp_shards_a_4_bit_base_with_the_same_result(tiny_model, data, tmp_pat
     assert all(notes["bytes"]["transformer"] <= 0.6 * whole for notes in shared.notes)
 
 
+def test_fsdp_shards_a_float8_base_with_the_same_result(tiny_model, data, tmp_path):
+    """Up to float8's rounding: each micro-batch has a scale of its own, and there are two in place of one."""
+    flags = {**CACHED, "max_train_steps": 6, "base_model_precision": "fp8"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    lone = train_together(1, train_args(tiny_model, **data | flags | SIZES["4"], out=one / "out"), one)
+    argv = train_args(tiny_model, **data | flags | SIZES["2"], out=two / "out")
+    shared = train_together(2, argv, two, fsdp=True)
+    assert difference(shared.out, lone.out) < 0.1
+    whole = lone.notes[0]["bytes"]["transformer"]
+    assert all(notes["bytes"]["transformer"] <= 0.6 * whole for notes in shared.notes)
+
+
 def test_fsdp_with_an_8_bit_base_is_refused_in_one_line(tiny_model, data, tmp_path):
     argv = quantized(tmp_path, data, tiny_model, "int8")
     result = train_together(2, argv, tmp_path, fsdp=True, check=False, change=bitsandbytes_on_cpu)
