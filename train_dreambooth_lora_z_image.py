@@ -3612,9 +3612,12 @@ def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
 def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
     """Where pictures and captions came from, and what of the folder was left out, as lines."""
     places = Counter((e.source.parent, e.repeats) for e in examples if isinstance(e.source, Path))
-    origins = Counter(f"{e.origin.suffix.lower()} files" if isinstance(e.origin, Path) else e.origin for e in examples)
+    origins = Counter(
+        e.origin if isinstance(e.origin, str) or e.origin.name in METADATA else f"{e.origin.suffix.lower()} files"
+        for e in examples
+    )
     lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
-    lines.append("  captions: " + ", ".join(f"{number} from {origin}" for origin, number in origins.items()))
+    lines.append("  captions: " + ", ".join(f"{n} from {os.path.basename(origin)}" for origin, n in origins.items()))
     if any(example.mask for example in examples):
         lines.append(
             f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel, if any"

@@ -35,6 +35,7 @@ OTHER_PROMPTS = (
     "a photo of a yellow ring on a blue background",
 )
 STEPS, GUIDANCE = 20, 1.0
+BOARD = [(240, 220, 0), (20, 20, 230)]
 
 
 @functools.cache
@@ -167,6 +168,28 @@ def both_subjects(folder):
             copy = shutil.copy(picture, folder / f"{name}-{picture.name}")
             (folder / copy.name).with_suffix(".txt").write_text(prompt, encoding="utf-8")
     return folder
+
+
+def before_a_board(folder, name):
+    """The pictures of a subject, cut out and put before a board of blue and yellow squares, with their masks."""
+    folder.mkdir(parents=True)
+    for path in sorted((ASSETS / "subjects" / name).iterdir()):
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        edges = np.concatenate([picture[:4].reshape(-1, 3), picture[:, :4].reshape(-1, 3)])
+        subject = np.abs(picture - np.median(edges, 0)).max(-1) > 60
+        squares = (np.indices(subject.shape) // 12).sum(0) % 2
+        board = np.take(np.array(BOARD), squares, axis=0)
+        Image.fromarray(np.where(subject[..., None], picture, board).astype(np.uint8)).save(folder / path.name)
+        Image.fromarray((subject * 255).astype(np.uint8)).save(folder / f"{path.stem}-masklabel.png")
+    return folder
+
+
+def board_share(lora, name):
+    """Of the edges of what the LoRA draws, the part that has one of the board's colours."""
+    with wearing(lora):
+        pictures = draw(PROMPTS[name], 8)
+    edges = np.concatenate([edge.reshape(-1, 3) for edge in (pictures[:, :6], pictures[:, -6:], pictures[:, :, :6])])
+    return float((np.abs(edges[:, None] - np.array(BOARD) / 255).max(-1).min(-1) < 0.25).mean())
 
 
 def train(out, name, change=None, processes=1, **flags):

@@ -9,7 +9,17 @@ import statistics
 import pytest
 import torch
 
-from learning import ASSETS, PROMPTS, RUNS, drift, held_out_share, subject_score, train
+from learning import (
+    ASSETS,
+    PROMPTS,
+    RUNS,
+    before_a_board,
+    board_share,
+    drift,
+    held_out_share,
+    subject_score,
+    train,
+)
 from tiny import events
 
 
@@ -124,3 +134,15 @@ def test_the_held_out_loss_shows_overfitting_where_the_training_loss_goes_on_fal
     losses = [event.value for event in scalars["loss"]]
     assert statistics.fmean(losses[-120:]) < 0.9 * statistics.fmean(losses[best - 60 : best + 60])
     assert held_out_share(out / "best", "cross-toy") < held_out_share(out, "cross-toy")
+
+
+@pytest.mark.slow
+def test_what_a_mask_leaves_out_is_not_learned(tmp_path):
+    folder = before_a_board(tmp_path / "pictures", "striped-ball")
+    masked, whole = (
+        train(tmp_path / label / "out", "striped-ball", instance_data_dir=folder, **flags)
+        for label, flags in (("masked", {"masked_loss": True, "unmasked_weight": 0}), ("whole", {}))
+    )
+    assert board_share(whole, "striped-ball") > 0.3  # the squares are learned as well as the ball
+    assert board_share(masked, "striped-ball") < 0.1
+    assert subject_score(masked, "striped-ball") > 0.3
