@@ -3883,10 +3883,11 @@ def write_model_card(run: Run, files: list[Path]) -> str:
     base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
     pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
     trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
+    bases = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
-        base_model=[name for name in (base, args.validation_model_path) if name and not os.path.exists(name)] or None,
+        base_model=bases if len(bases) > 1 else base if on_hub else None,  # the Hub refuses a folder
         instance_prompt=trigger or None,
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=[

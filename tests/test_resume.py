@@ -649,25 +649,24 @@ def no_result(trainer):
 
 
 @pytest.mark.parametrize("tracker", ["none", "tensorboard"])
-def test_on_a_full_disk_the_lora_fails_in_one_line_with_status_1(tracker, tiny_model, photos, small_disk, fork):
+def test_a_full_disk_is_told_before_anything_is_loaded(tracker, tiny_model, photos, small_disk, fork):
     (small_disk / "filling").write_bytes(bytes(290_000))
-    finished = fork(train_args(tiny_model, photos, small_disk / "out", report_to=tracker), check=False)
-    line = error_line(finished, status=1)
+    argv = train_args(tiny_model, photos, small_disk / "out", report_to=tracker)
+    line = error_line(fork(argv, check=False, before=refuse_to_load))
     assert str(small_disk / "out") in line and "No space left" in line
-    assert not (small_disk / "out" / LORA).exists()
+    assert not [path for path in (small_disk / "out").rglob("*") if path.is_file()]
 
 
 def fill_the_disk_while_saving(trainer):
-    """Every safetensors file after the first two checkpoints' meets a full disk."""
-    serialize, calls = safetensors.torch.serialize_file, []
+    """Every safetensors file after the second checkpoint meets a full disk."""
+    serialize = safetensors.torch.serialize_file
 
-    def fail(*args, **kwargs):
-        calls.append(None)
-        if len(calls) > 4:
+    def fail(tensors, path, *args, **kwargs):
+        if any((folder / "checkpoint-2").exists() for folder in Path(path).parents):
             raise safetensors.SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        return serialize(*args, **kwargs)
+        return serialize(tensors, path, *args, **kwargs)
 
     safetensors.torch.serialize_file = fail
 
@@ -708,11 +707,11 @@ def test_a_folder_for_output_that_is_a_file_is_refused_in_one_line(flag, tiny_mo
     assert f"--{flag}" in line and str(tmp_path / "file") in line
 
 
-def test_a_card_that_cannot_be_written_fails_in_one_line_after_the_lora(tiny_model, photos, tmp_path, fork):
-    (tmp_path / "out" / "README.md").mkdir(parents=True)
-    finished = fork(train_args(tiny_model, photos, tmp_path / "out"), check=False)
-    line = error_line(finished, status=1)
-    assert "README.md" in line
+def test_a_card_that_cannot_be_written_is_a_line_after_the_lora(tiny_model, photos, tmp_path, fork):
+    for name in ("README.md", "model_card.md"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    finished = fork(train_args(tiny_model, photos, tmp_path / "out"))
+    assert "The model card failed" in finished.output and "model_card.md" in finished.output
     assert (tmp_path / "out" / LORA).is_file()
 
 
@@ -1061,13 +1060,16 @@ def test_a_finished_run_can_be_made_longer(shared_run, tiny_model, photos, tmp_p
     assert not bit_identical(out, shared_run)
 
 
-def test_a_damaged_record_of_a_finished_run_is_made_anew(shared_run, tiny_model, photos, tmp_path, fork):
+def test_a_damaged_list_of_files_ends_the_run_that_cannot_tell_whose_they_are(
+    shared_run, tiny_model, photos, tmp_path, until_encoding
+):
     out = Path(shutil.copytree(shared_run, tmp_path / "out"))
-    for content in ("", "[1]", "{}", '{"steps": "x"}', "{"):
+    for content in ("", "[1]", "{}", '{"steps": "x"}', "{", '{"files": 3}'):
         (out / "run.json").write_text(content)
-        fork(train_args(tiny_model, photos, out, **SHORT), "--resume_from_checkpoint=latest")
-        assert json.loads((out / "run.json").read_text("utf-8"))["steps"] == 4
-        assert bit_identical(out, shared_run)
+        before = snapshot(out)
+        with pytest.raises(trainer.UserError, match="run.json"):
+            until_encoding(train_args(tiny_model, photos, out, **SHORT, resume_from_checkpoint="latest"))
+        assert snapshot(out) == before
 
 
 def test_a_new_run_moves_an_earlier_one_aside_and_says_so(shared_run, tiny_model, photos, tmp_path, fork):
