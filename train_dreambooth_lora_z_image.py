@@ -1678,6 +1678,16 @@ def shows_progress(accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty()
 
 
+def progress(items: Collection[T], what: str, accelerator: Accelerator) -> Iterator[T]:
+    """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten."""
+    at_terminal, next_line = shows_progress(accelerator), time.monotonic() + 2
+    for number, item in enumerate(tqdm(items, what, disable=not at_terminal, leave=False)):
+        if accelerator.is_main_process and not at_terminal and time.monotonic() > next_line:
+            logger.info(f"{what}: {number} of {len(items)}")
+            next_line = time.monotonic() + 10
+        yield item
+
+
 def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
     """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
     drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
@@ -1810,7 +1820,8 @@ def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
         pipeline, encoded = load_text_pipeline(run.pipeline, dtype), []
         place_text_encoder(pipeline.text_encoder.requires_grad_(False), run)
         with torch.no_grad():
-            for prompt in missing if args.fsdp_text_encoder else run.own_part(missing):
+            own = missing if args.fsdp_text_encoder else run.own_part(missing)
+            for prompt in progress(own, "prompts encoded", accelerator):
                 length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
                 embed = pipeline.encode_prompt(
                     [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
@@ -1898,7 +1909,7 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
     """{(example, flip): latents [C, h, w] on the CPU, with a mask [C + 1, h, w]}, each encoded by one process."""
     cache = EncodingCache(run.args.encoding_cache_dir)
     vae, encoded = None, []
-    for number, example in run.own_part(list(enumerate(examples))):
+    for number, example in progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
         content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: latents can be reused
         crop = "center" if run.args.center_crop or example.kind == "held-out" else "drawn"
         for flip in (False, True) if run.args.random_flip and example.kind != "held-out" else (False,):
@@ -2480,17 +2491,14 @@ def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
 
     Raises TrainingError.
     """
-    args, output, scale = run.args, OutputFolder(run.args.output_dir), run.lora.alpha / run.lora.rank
+    output, scale = OutputFolder(run.args.output_dir), run.lora.alpha / run.lora.rank
     try:
         with output.writing(LORA_FILE) as file:
             state = save_lora(transformer, output.path, run.saving_dtype)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{output.path}: the LoRA could not be saved ({first_line(error)})") from None
     check_file(file, state, scale, scale_as_read=scale)
-    logger.info(
-        f"The LoRA is in {file}. Use it: pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r}); "
-        f"pipe.load_lora_weights({args.output_dir!r})"
-    )
+    logger.info(f"The LoRA is in {file}")
     with optional("The file for ComfyUI"):
         file = save_for_comfyui(transformer, "", run)
         check_file(file, state, scale, scale_as_read=1.0)  # an alpha inside is folded into A and B
@@ -2923,7 +2931,7 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     own, size = run.own_part(free[:missing]), args.sample_batch_size
     batches = [own[first : first + size] for first in range(0, len(own), size)]
     drawn, drawing = {}, drawing_of(args.class_prompt, args, own=True)
-    for numbers in tqdm(batches, "class images", disable=not shows_progress(run.accelerator)):
+    for numbers in progress(batches, "batches of class pictures", run.accelerator):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
         latents = draw_latents(transformer, drawing, generators, prompt_embeds, run)
         drawn |= zip(numbers, latents, strict=True)
@@ -3105,7 +3113,7 @@ def draw_jobs(
     None where it lacks a transformer, cannot draw, or any process is asked to stop.
     """
     drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
-    for first in range(0, len(jobs), processes):
+    for first in progress(range(0, len(jobs), processes), "pictures drawn", run.accelerator):
         if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
             break
         own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
@@ -3229,16 +3237,20 @@ class Validation:
             self.write_page(step)
         return files
 
-    def write_page(self, step: int, end: str = "") -> None:
-        """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has."""
+    def write_page(self, step: int, end: str = "") -> bool:
+        """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has.
+
+        Returns whether there is one.
+        """
         args, now = self.run.args, time.strftime("%Y-%m-%d %H:%M:%S %z")
         if not (self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True))):
-            return
+            return False
         status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
         if not end:
             status += " Nothing says that the run has ended: if that was long ago, it may have stopped."
         with optional("samples/index.html"):
             write_gallery(OutputFolder(args.output_dir), step, status, running=not end)
+        return True
 
     def summary(self) -> str:
         """What was learned, in numbers, as a line; nothing without held-out pictures."""
@@ -3767,6 +3779,18 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
         logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
+def next_command(argv: list[str]) -> str:
+    """What to type after `--dry_run`, as a line: the same without that flag, and without the token."""
+    words, hidden = [], False
+    for word in argv[1:]:
+        flag, _, value = word.partition("=")
+        token = len(flag) > 2 and "--hub_token".startswith(flag)  # argparse takes beginnings too
+        if not (hidden or token or len(flag) > 2 and "--dry_run".startswith(flag)):
+            words.append(word)
+        hidden = token and not value
+    return f"To train, with the launcher's flags that you gave: accelerate launch {shlex.join([argv[0], *words])}"
+
+
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output = OutputFolder(args.output_dir)
@@ -3935,6 +3959,16 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
     with output.writing(name) as path:
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
     return name
+
+
+def how_to_use(prompt: str, run: Run) -> str:
+    """The lines that draw a picture with the LoRA."""
+    return (
+        "To use the LoRA, after `from diffusers import ZImagePipeline`:\n"
+        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r})\n"
+        f"  pipe.load_lora_weights({run.args.output_dir!r})\n"
+        f"  pipe({prompt!r}).images[0].save('picture.png')"
+    )
 
 
 def push_to_hub(run: Run, files: list[Path]) -> None:
@@ -4163,6 +4197,8 @@ def main(args: argparse.Namespace) -> None:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
     if args.dry_run:
         warn_of_cut_prompts(examples, run)
+        if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
+            logger.info(next_command(sys.argv))
         return
     if accelerator.is_main_process:
         prepare_output(args, checkpoint, missing)
@@ -4187,9 +4223,12 @@ def main(args: argparse.Namespace) -> None:
     state = load_training_state(plan, checkpoint, run)
     with StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
         validation = Validation(state.transformer, state.held_out, data, stop, run)
+        if validation.write_page(state.step):
+            logger.info(
+                f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}: open it in a browser"
+            )
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
-        validation.write_page(state.step)
         pictures, stopped_by = [], train(state, data, validation, fingerprint, stop, run)
 
         # The result. Once the LoRA is saved, nothing that comes after it may end the run in another way
@@ -4206,7 +4245,7 @@ def main(args: argparse.Namespace) -> None:
             write_model_card(run, pictures)
         with optional(RUN_FILE):
             OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
-        logger.info(validation.summary())
+        logger.info(f"{validation.summary()}\n{how_to_use(examples['instance'][0].caption, run)}".strip())
     with optional("--report_to"):
         accelerator.end_training()
     if stopped_by:

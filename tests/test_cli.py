@@ -438,3 +438,35 @@ def test_the_plan_says_what_each_flag_about_memory_would_change(given, tiny_mode
         assert expected == trainer.expected_memory(*run_with(*changed))["training"]
         assert (expected > base) is (verb == "without") is (flag in given)
     assert not [line for line in trainer.other_flags(*run_with("optimizer=prodigy")) if "8bit" in line]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to type and to look at next
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [["--hub_token", "secret"], ["--hub_token=secret"], ["--hub_tok", "secret"], []])
+def test_the_command_after_a_dry_run_has_neither_that_flag_nor_the_token(token):
+    argv = ["train.py", "--seed=1", "--dry_run", *token, "--instance_prompt", "a dog's --d"]
+    assert trainer.next_command(argv).endswith(
+        "accelerate launch train.py --seed=1 --instance_prompt 'a dog'\"'\"'s --d'"
+    )
+    assert trainer.next_command(["train.py", *token, "--dry"]).endswith("accelerate launch train.py")
+
+
+def test_a_dry_run_ends_with_the_command_to_type_next(model_without_weights, photos, tmp_path):
+    argv = train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, hub_token="secret")
+    last = launch_script(*argv).stderr.splitlines()[-1]
+    assert "accelerate launch" in last and f"--output_dir={tmp_path / 'out'}" in last
+    assert "--dry_run" not in last and "secret" not in last
+
+
+def test_what_takes_long_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, caplog):
+    clock = iter([0, *range(0, 30, 3)])
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(trainer.logger, "propagate", True)
+    caplog.set_level("INFO")
+    process = SimpleNamespace(is_main_process=True)
+    monkeypatch.setattr(trainer, "shows_progress", lambda accelerator: False)
+    assert list(trainer.progress(range(4), "pictures", process)) == [0, 1, 2, 3]
+    assert [record.getMessage() for record in caplog.records] == ["pictures: 1 of 4"]

@@ -500,6 +500,17 @@ def test_a_run_that_is_stopped_says_so_on_its_page(tiny_model, shared_photos, tm
     assert "Stopped" in page.text and "--resume_from_checkpoint" in page.text and "refresh" not in page.html
 
 
+def test_a_run_says_where_to_look_and_at_its_end_how_to_use_the_lora(tiny_model, shared_photos, tmp_path, capsys):
+    flags = DRAWING | {"num_validation_images": 1, "max_train_steps": 1}
+    train(tiny_model, shared_photos, tmp_path, **flags, prompts=[DOG])
+    output = capsys.readouterr().err
+    assert output.index(str(tmp_path / "samples" / "index.html")) < output.index("step 1/1")
+    *_, first, second, third = [line.strip() for line in output.splitlines() if line.strip()]
+    namespace = {"ZImagePipeline": ZImagePipeline}
+    exec(f"{first}\n{second}", namespace)
+    assert namespace["pipe"].get_active_adapters() and third.startswith("pipe('a photo of sks dog').images[0].save(")
+
+
 def test_a_run_without_prompts_writes_no_page(plain):
     assert not (plain / "samples").exists()
 
