@@ -1,8 +1,8 @@
 """The notebook that the README opens runs from its first cell to its last."""
 
 import json
+import re
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -63,4 +63,4 @@ def test_the_notebook_shows_the_contact_sheet_and_a_picture_of_the_lora(finished
 def test_the_notebook_is_saved_without_outputs():
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
-    assert str(Path.home()) not in NOTEBOOK.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|Users)/|[A-Z]:\\\\", NOTEBOOK.read_text(encoding="utf-8"))
