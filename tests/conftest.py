@@ -1,10 +1,14 @@
 """Fixtures of all tests; the helpers behind them are in tiny.py."""
 
+import os
 import shutil
 
 import pytest
 
-from tiny import build_photos, build_tiny_pipeline
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported: no test asks the network
+
+from tiny import build_photos, build_tiny_pipeline  # noqa: E402
 
 
 @pytest.fixture(scope="session")

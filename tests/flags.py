@@ -8,6 +8,7 @@ A new flag gets a line here: `test_flags.py` fails for one that is in neither ta
 TESTED = {
     # Model and precision
     "pretrained_model_name_or_path": (None, "cli::a_pipeline_of_another_model_is_named"),
+    "transformer_path": (None, "files::a_run_on_a_transformer_in_one_file_needs_no_other_and_its_content_is_the_runs_identity"),  # noqa: E501
     "revision": (None, "flags::where_weights_come_from_is_passed_on"),
     "variant": (None, "flags::where_weights_come_from_is_passed_on"),
     "cache_dir": (None, "flags::where_weights_come_from_is_passed_on"),

@@ -192,17 +192,18 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
     )
     run.args.pretrained_model_name_or_path = "someone/z-image"
     accelerator = mock.MagicMock()
-    with mock.patch.object(trainer.DiffusionPipeline, "download") as download:
-        trainer.local_pipeline(run.args, accelerator)
-    assert download.call_args == mock.call("someone/z-image", **flags)
-    run.args.dry_run = True
-    with mock.patch.object(trainer, "snapshot_download") as download:
-        trainer.local_pipeline(run.args, accelerator)
-    assert download.call_args.args == ("someone/z-image",)
-    assert not any("safetensors" in pattern for pattern in download.call_args.kwargs["allow_patterns"])
-    assert {name: download.call_args.kwargs[name] for name in ("revision", "cache_dir")} == {
-        name: flags[name] for name in ("revision", "cache_dir")
-    }
+    where = {name: flags[name] for name in ("revision", "cache_dir")}
+    for dry_run in (False, True):
+        run.args.dry_run = dry_run
+        with (
+            mock.patch.object(trainer, "snapshot_download") as configuration,
+            mock.patch.object(trainer.DiffusionPipeline, "download") as weights,
+        ):
+            trainer.local_pipeline(run.args, accelerator)
+        assert configuration.call_args.args == ("someone/z-image",)
+        assert configuration.call_args.kwargs.items() >= where.items()
+        assert not any("safetensors" in pattern for pattern in configuration.call_args.kwargs["allow_patterns"])
+        assert weights.call_args == (None if dry_run else mock.call("someone/z-image", **flags))
     with (
         mock.patch.object(trainer, "snapshot_download", return_value="nowhere") as download,
         pytest.raises(trainer.UserError),
