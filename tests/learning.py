@@ -113,7 +113,7 @@ def drift(lora, number=4):
     moved, apart = [], []
     for prompt in OTHER_PROMPTS:
         base = drawn_by_the_base(prompt, number)
-        with wearing(lora):
+        with with_lora(lora):
             now = draw(prompt, number)
         moved.append(np.sqrt(np.square(now - base).mean((1, 2, 3))).mean())
         apart.append(np.sqrt(np.square(base - np.roll(base, 1, 0)).mean((1, 2, 3))).mean())
@@ -131,7 +131,7 @@ def loss_of_the_base(name, prompt):
 
 
 @contextlib.contextmanager
-def wearing(lora):
+def with_lora(lora):
     """The pipeline with a LoRA on, as a user loads it."""
     small_pipeline().load_lora_weights(lora)
     try:
@@ -143,7 +143,7 @@ def wearing(lora):
 def subject_score(lora, name, guidance=GUIDANCE):
     """Likeness of what the LoRA draws to the subject."""
     score = likeness(name)
-    with wearing(lora):
+    with with_lora(lora):
         return score(draw(PROMPTS[name], 8, guidance))
 
 
@@ -151,7 +151,7 @@ def held_out_share(lora, name, prompt=None):
     """The held-out loss with the LoRA, over that without; for the subject's prompt, or another such as the empty."""
     prompt = PROMPTS[name] if prompt is None else prompt
     base = loss_of_the_base(name, prompt)
-    with wearing(lora):
+    with with_lora(lora):
         return held_out_loss(name, prompt) / base
 
 

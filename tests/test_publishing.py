@@ -589,7 +589,7 @@ def test_the_token_is_refused_beside_a_tracker_that_would_store_it():
     args = trainer.parse_args([*required_flags(), "--report_to=swanlab", f"--hub_token={TOKEN}"])
     with pytest.raises(trainer.UserError, match="hf auth login") as error:
         accelerator = SimpleNamespace(log_with=[LoggerType.SWANLAB])
-        trainer.start_trackers(SimpleNamespace(args=args, accelerator=accelerator, lora=LORA))
+        trainer.start_trackers(None, SimpleNamespace(args=args, accelerator=accelerator, lora=LORA))
     assert TOKEN not in str(error.value)
 
 

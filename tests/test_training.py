@@ -619,7 +619,7 @@ def test_resident_memory_does_not_grow_with_the_steps(train, tiny_model, photos,
 
 
 def draw(pipeline, lora=None):
-    """A picture [H, W, 3] of the pipeline, wearing the LoRA that `load_lora_weights` finds there, if one is given."""
+    """A picture [H, W, 3] of the pipeline, with the LoRA that `load_lora_weights` finds there, if one is given."""
     if lora:
         pipeline.load_lora_weights(lora)
     noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))

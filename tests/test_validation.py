@@ -665,7 +665,7 @@ def test_a_run_may_go_on_without_its_held_out_pictures(tiny_model, shared_photos
 # Another model, and an adapter for training alone
 
 
-def test_validation_model_path_draws_with_that_model_and_its_scheduler_wearing_the_lora(
+def test_validation_model_path_draws_with_that_model_and_its_scheduler_with_the_lora(
     tiny_model, shared_photos, plain, tmp_path
 ):
     other = build_tiny_pipeline(tmp_path / "turbo", seed=1, shift=3.0)
@@ -687,7 +687,7 @@ def test_a_validation_model_that_does_not_exist_is_named_before_training(tiny_mo
 
 @pytest.fixture(scope="module")
 def with_base_adapter(tiny_model, shared_photos, held_out, validated, tmp_path_factory):
-    """The output of a run whose base wears the LoRA of another run while it trains."""
+    """The output of a run whose base has the LoRA of another run merged while it trains."""
     out = tmp_path_factory.mktemp("with-base-adapter")
     flags = {**TRAINING, **DRAWING, "lora_dropout": None, "base_adapter": f"{validated.out}:0.5"}
     flags |= {"validation_data_dir": held_out, "report_to": "tensorboard", "num_validation_images": 1}
