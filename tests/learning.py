@@ -186,7 +186,7 @@ def before_a_board(folder, name):
 
 def board_share(lora, name):
     """Of the edges of what the LoRA draws, the part that has one of the board's colours."""
-    with wearing(lora):
+    with with_lora(lora):
         pictures = draw(PROMPTS[name], 8)
     edges = np.concatenate([edge.reshape(-1, 3) for edge in (pictures[:, :6], pictures[:, -6:], pictures[:, :, :6])])
     return float((np.abs(edges[:, None] - np.array(BOARD) / 255).max(-1).min(-1) < 0.25).mean())
