@@ -3405,14 +3405,15 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half removed; files of the user's in it stay where they are."""
-    removed = path.with_name(f".{path.name}.removed")
-    rename(path, removed)
+    removed = path if path.suffix == ".removed" else path.with_name(f".{path.name}.removed")
+    if path != removed:
+        rename(path, removed)
     for name in CHECKPOINT:
         (removed / name).unlink(missing_ok=True)
-    if any(removed.iterdir()):
-        rename(removed, path)
-    else:
+    if not any(removed.iterdir()):
         removed.rmdir()
+    elif path != removed:
+        rename(removed, path)
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
@@ -3860,12 +3861,14 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         finally:
             shutil.rmtree(probe, ignore_errors=True)
     output = OutputFolder(args.output_dir)
+    if checkpoint and checkpoint.path.resolve().parent == output.path.resolve() and not output.file.exists():
+        output.update(files={LORA_FILE: None})  # the list was removed; the checkpoint says whose folder it is
     if not output.owns(LORA_FILE):
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
     for path in output.path.glob(".checkpoint-*.removed"):  # or while it removed one
-        remove_checkpoint(path.rename(path.with_name(path.name[1:-8])))
+        remove_checkpoint(path)
     if not checkpoint:
         set_aside_earlier_run(args)
     elif output.record["finished"]:
