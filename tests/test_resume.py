@@ -1015,7 +1015,7 @@ def test_a_run_killed_before_its_last_pictures_is_not_finished(tiny_model, photo
 
 
 def lose_the_disk_for_pictures(trainer):
-    def save(image, path):
+    def save(image, path, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer.save_picture = save
