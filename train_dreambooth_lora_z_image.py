@@ -698,6 +698,8 @@ def build_parser() -> OneLineErrorParser:
     ]:
         add(f"--prodigy_{name}", type=boolean, nargs="?", const=True, default=True, metavar="BOOL",
             help=f"{text} Default: true.")
+    add("--ema_decay", type=bounded(float, above=0, high=0.99999), metavar="D",
+        help="Validate and save the LoRA's weights averaged, over some 1 / (1 - D) updates; 0.995 is a good one.")
     add("--max_grad_norm", type=positive, default=1.0, metavar="NORM", help="Gradients are clipped to it. Default: 1.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none",
         help="Density of the timesteps, or weighting of the loss, after the SD3 paper. Default: none (uniform).")
@@ -3211,6 +3213,8 @@ class Validation:
 
     def __call__(self, step: int, final: bool = False) -> list[Path]:
         """Validate at `step`; returns the files of the pictures, on the main process."""
+        if self.run.args.ema_decay:
+            logger.info(f"step {step}: the weights that are validated are averaged, see --ema_decay")
         losses = {"": None}
         if self.base is not None:
             with eval_mode(self.transformer):
@@ -3349,6 +3353,23 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None  # accelerate's, of fp16 alone
     step: int = 0  # updates that are done
     held_out: list[list] = dataclasses.field(default_factory=list)  # [[held-out loss, step], ...]
+    ema_decay: float | None = None
+    average: list[Tensor] = dataclasses.field(default_factory=list)  # of the parameters, with zeros before the start
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The LoRA with the moving average of its weights, where `--ema_decay` asks for that; afterwards as before."""
+        if not (self.ema_decay and self.step):
+            yield
+            return
+        own = [parameter.data for parameter in self.parameters]
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            parameter.data = average / (1 - self.ema_decay**self.step)  # as if the zeros were not there
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=True):
+                parameter.data = data
 
     def save(self, folder: Path) -> None:
         """Write the LoRA in float32 and `training_state.pt`: tensors and plain values, by names of torch's own."""
@@ -3356,6 +3377,7 @@ class TrainingState:
         state = {
             "step": self.step,
             "held_out": self.held_out,
+            "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler and self.scaler.state_dict(),
         }
@@ -3377,6 +3399,8 @@ class TrainingState:
                 self.scaler.load_state_dict(saved["scaler"])
             self.step = self.lr_scheduler.last_epoch = saved["step"]
             self.held_out[:] = saved["held_out"]
+            for average, value in zip(self.average, saved["average"], strict=True):
+                average.copy_(value)
         for group, rate, schedule in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
             group["initial_lr"], group["lr"] = rate, rate * schedule(self.step)
 
@@ -3440,7 +3464,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
             flush_to_disk(path)
         if final in own_checkpoints(output_dir):
             remove_checkpoint(final)
-        with optional("The file for ComfyUI"):
+        with optional("The file for ComfyUI"), state.averaged():
             save_for_comfyui(state.transformer, f"-{state.step:06d}", run)
         rename(part, final)  # fails where it holds files of the user's
         flush_to_disk(output_dir)
@@ -3709,7 +3733,7 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
 # Flags that decide the mathematics of a run, by themselves.
 # fmt: off
 MATHEMATICS = [
-    "repeats", "masked_loss", "unmasked_weight", "center_crop", "random_flip", "max_sequence_length",
+    "ema_decay", "repeats", "masked_loss", "unmasked_weight", "center_crop", "random_flip", "max_sequence_length",
     "caption_dropout", "cache_latents",
     "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
@@ -4089,6 +4113,8 @@ def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float
         state.scaler.update()
     state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
+    if state.ema_decay:
+        torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - state.ema_decay)
     state.step += 1
     return loss, stopping > 0, norm
 
@@ -4126,7 +4152,8 @@ def train(
             if stopping:
                 return stop.number or signal.SIGTERM
             if plan.validates(step) and step < plan.max_train_steps:
-                validation(step)
+                with state.averaged():
+                    validation(step)
     return 0
 
 
@@ -4140,6 +4167,8 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
     state = TrainingState(transformer, parameters, optimizer, lr_scheduler, run.accelerator.scaler)
+    if args.ema_decay:
+        state.ema_decay, state.average = args.ema_decay, [torch.zeros_like(p.data) for p in parameters]
     if checkpoint:
         state.load(checkpoint.path)
     if run.sharded:
@@ -4231,15 +4260,17 @@ def main(args: argparse.Namespace) -> None:
                 f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}: open it in a browser"
             )
         if plan.validates(state.step) and state.step < plan.max_train_steps:
-            validation(state.step)  # also of a resumed run: a checkpoint is saved before the validation of its step
+            with state.averaged():  # also of a resumed run: a checkpoint is saved before the validation of its step
+                validation(state.step)
         pictures, stopped_by = [], train(state, data, validation, fingerprint, stop, run)
 
         # The result. Once the LoRA is saved, nothing that comes after it may end the run in another way
         if not stopped_by:
             if accelerator.is_main_process:
-                save_result(state.transformer, run)
+                with state.averaged():
+                    save_result(state.transformer, run)
             accelerator.wait_for_everyone()
-            with optional("The last validation"):
+            with optional("The last validation"), state.averaged():
                 pictures = validation(plan.max_train_steps, final=True)
     end = "Stopped, to go on with --resume_from_checkpoint latest:" if stopped_by else "The run ended"
     validation.write_page(state.step, end)

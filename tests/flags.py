@@ -8,7 +8,7 @@ A new flag gets a line here: `test_flags.py` fails for one that is in neither ta
 TESTED = {
     # Model and precision
     "pretrained_model_name_or_path": (None, "cli::a_pipeline_of_another_model_is_named"),
-    "transformer_path": (None, "files::a_run_on_a_transformer_in_one_file_needs_no_other_and_its_content_is_the_runs_identity"),  # noqa: E501
+    "transformer_path": (None, "files::each_form_of_file_gives_the_same_transformer"),
     "revision": (None, "flags::where_weights_come_from_is_passed_on"),
     "variant": (None, "flags::where_weights_come_from_is_passed_on"),
     "cache_dir": (None, "flags::where_weights_come_from_is_passed_on"),
@@ -80,6 +80,7 @@ TESTED = {
     "prodigy_decouple": (True, "flags::prodigy_is_built_as_the_flags_say"),
     "prodigy_use_bias_correction": (True, "flags::prodigy_is_built_as_the_flags_say"),
     "prodigy_safeguard_warmup": (True, "flags::prodigy_is_built_as_the_flags_say"),
+    "ema_decay": (None, "files::the_averaged_weights_are_what_is_validated_and_saved"),
     "max_grad_norm": (1.0, "flags::gradients_are_clipped_to_the_norm_that_is_given"),
     "weighting_scheme": ("none", "training::the_logged_loss_is_the_objective"),
     "logit_mean": (0.0, "objective::logit_normal_has_its_quantiles_and_a_positive_mean_gives_more_noise"),

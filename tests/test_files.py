@@ -568,3 +568,41 @@ def test_the_comfyui_file_describes_itself_and_tells_nothing_private(checkpointe
     trainer.add_lora(transformer, run)
     file = trainer.save_for_comfyui(transformer, "", run)
     assert metadata(file)["modelspec.trigger_phrase"] == PROMPT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averaged weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_model, shared_photos, tmp_path_factory):
+    """Output folders of a run of four steps with --ema_decay: at once, and stopped after two and resumed."""
+    folder, outputs = tmp_path_factory.mktemp("averaged"), []
+    flags = {"ema_decay": 0.5, "checkpointing_steps": 1, "learning_rate": 0.01, "upcast_before_saving": True}
+    for name, lengths in (("at once", [4]), ("resumed", [2, 4])):
+        for steps in lengths:
+            options = flags | {"max_train_steps": steps, "resume_from_checkpoint": "latest"}
+            options |= {"validation_prompt": "a dog", "num_validation_images": 0}
+            finished = run_script(*train_args(tiny_model, shared_photos, folder / name, **options))
+        outputs.append((folder / name, finished.output))
+    return outputs
+
+
+def test_the_averaged_weights_are_what_is_validated_and_saved(averaged):
+    out, output = averaged[0]
+    assert "the weights that are validated are averaged" in output
+    own = [lora_tensors(out / f"checkpoint-{step}") for step in range(1, 5)]
+    weights = torch.tensor([0.0625, 0.125, 0.25, 0.5])
+    for name, saved in lora_tensors(out).items():
+        expected = sum(weight * state[name] for weight, state in zip(weights / weights.sum(), own, strict=True))
+        torch.testing.assert_close(saved, expected, rtol=1e-5, atol=1e-7)
+        assert ".lora_B." not in name or not torch.equal(saved, own[-1][name])
+    comfyui = load_file(out / "comfyui" / "at once-000004.safetensors")
+    for name, saved in lora_tensors(out).items():
+        assert torch.equal(comfyui[name.replace("transformer.", "diffusion_model.")], saved)
+
+
+def test_a_resumed_run_has_the_same_average(averaged):
+    one, other = (lora_tensors(out) for out, _ in averaged)
+    assert all(torch.equal(one[name], other[name]) for name in one)
