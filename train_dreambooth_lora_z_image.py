@@ -252,6 +252,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def read_text(path: Path) -> str:
     """The UTF-8 text of a file, stripped. Raises UserError."""
     try:
@@ -393,7 +398,8 @@ def put_in_place(part: Path, path: Path) -> None:
     """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(part, 0o666 & ~umask)
+    with contextlib.suppress(OSError):  # some mounts have no permissions
+        os.chmod(part, 0o666 & ~umask)
     rename(part, path)
 
 
@@ -1399,15 +1405,10 @@ def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
 
 def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> PipelineInfo:
     """Read the configuration of every component, before anything expensive. Raises UserError."""
-    name, flag = (
-        args.pretrained_model_name_or_path,
-        f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}",
-    )
-    classes = {
-        "transformer": ZImageTransformer2DModel,
-        "vae": AutoencoderKL,
-        "scheduler": FlowMatchEulerDiscreteScheduler,
-    }
+    name = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {name}"
+    classes = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
+    classes["scheduler"] = FlowMatchEulerDiscreteScheduler
     readers = {component: cls.load_config for component, cls in classes.items()}
     readers["text_encoder"] = transformers.AutoConfig.from_pretrained
     readers["tokenizer"] = transformers.AutoTokenizer.from_pretrained
@@ -1543,6 +1544,11 @@ def validation_pipeline(run: Run) -> PipelineInfo:
             path = snapshot_download(name, cache_dir=run.args.cache_dir, allow_patterns=parts)
         other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None)
         return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting a run
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def list_trackers(report_to: str) -> list[str] | None:
@@ -2706,6 +2712,7 @@ class TrainingPlan:
     def update(self, step: int) -> list[Sample]:
         """All samples of update `step` (from 0), weighted so that the sum of their losses is the objective."""
         first, end = self.samples_seen(step), self.samples_seen(step + 1)
+        assert 0 < end - first <= self.total_batch_size
         weight, samples = 1 / (end - first), []
         for position in range(first, end):
             epoch, place = divmod(position, self.samples_per_epoch)
@@ -2809,6 +2816,7 @@ class TrainingData:
             weights=torch.tensor([sample.weight for sample in samples]),
             prompt_embeds=[self.plan.prompt_embeds[sample.prompt] for sample in samples],
         )
+        assert batch.noise.shape == (len(samples), *shape)
         if args.cache_latents:
             batch.latents = torch.stack([self.latents[sample.example, sample.flip] for sample in samples])
         else:
@@ -2833,7 +2841,7 @@ class TrainingData:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing and validation
+# Drawing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2974,6 +2982,11 @@ def with_same_lora(
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
     return drawing.to(run.accelerator.device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
@@ -3816,6 +3829,11 @@ def next_command(argv: list[str]) -> str:
     return f"To train, with the launcher's flags that you gave: accelerate launch {shlex.join([argv[0], *words])}"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output = OutputFolder(args.output_dir)
@@ -3923,6 +3941,46 @@ def inline_code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
+def card_text(trigger: str, has_pictures: bool, run: Run) -> str:
+    """What the model card says below its header."""
+    args, prompts = run.args, validation_prompts(run.args, final=True)
+    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
+    cells = {
+        name: inline_code(json.dumps(value, ensure_ascii=False))
+        for name, value in loggable(run).items()
+        if value != "None" and value is not False
+    }
+    quantized = {"fp8": "float8", "int8": "int8", "nf4": "NF4"}.get(
+        args.base_model_precision, args.bnb_quantization_config_path and "bitsandbytes' low precision"
+    )
+    settings = ", ".join(f"{name}={value}" for name, value in drawing_settings(args, own=True).items())
+    held = f", the base held in {quantized}" if quantized else ""
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
+    rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
+    return f"""# {hub_repository(args)}
+
+{"<Gallery />" if has_pictures else ""}
+
+A LoRA for {link}, trained with DreamBooth{held}.
+{f"Trigger words: {inline_code(trigger)}" if trigger else "Trained on captions, without trigger words."}
+
+```python
+import torch
+from diffusers import ZImagePipeline
+
+pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights({hub_repository(args)!r})
+image = pipe({prompts[0] if prompts else trigger or "a photo"!r}, {settings}).images[0]
+```
+
+For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
+
+| flag | value |
+|---|---|
+{chr(10).join(rows)}
+"""
+
+
 def write_model_card(run: Run, files: list[Path]) -> str:
     """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
 
@@ -3947,44 +4005,10 @@ def write_model_card(run: Run, files: list[Path]) -> str:
         ]
         or None,
     )
-    cells = {
-        name: inline_code(json.dumps(value, ensure_ascii=False))
-        for name, value in loggable(run).items()
-        if value != "None" and value is not False
-    }
-    quantized = {"fp8": "float8", "int8": "int8", "nf4": "NF4"}.get(
-        args.base_model_precision, args.bnb_quantization_config_path and "bitsandbytes' low precision"
-    )
-    settings = ", ".join(f"{name}={value}" for name, value in drawing_settings(args, own=True).items())
-    held = f", the base held in {quantized}" if quantized else ""
-    link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
-    rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
-    body = f"""# {hub_repository(args)}
-
-{"<Gallery />" if files else ""}
-
-A LoRA for {link}, trained with DreamBooth{held}.
-{f"Trigger words: {inline_code(trigger)}" if trigger else "Trained on captions, without trigger words."}
-
-```python
-import torch
-from diffusers import ZImagePipeline
-
-pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights({hub_repository(args)!r})
-image = pipe({prompts[0] if prompts else trigger or "a photo"!r}, {settings}).images[0]
-```
-
-For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
-
-| flag | value |
-|---|---|
-{chr(10).join(rows)}
-"""
     output = OutputFolder(args.output_dir)
     name = "README.md" if output.owns("README.md") else "model_card.md"
     with output.writing(name) as path:
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(trigger, bool(files), run)}").save(path)
     return name
 
 
