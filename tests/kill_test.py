@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from running import TrainerProcess, fork_trainer  # noqa: F401 (tests take the second from here)
+from running import TrainerProcess
 from tiny import build_photos, build_tiny_pipeline, lora_tensors, train_args
 
 

@@ -22,7 +22,8 @@ from diffusers import ZImagePipeline
 from PIL import Image
 
 from make_tiny_z_image import SIZE
-from tiny import ROOT, launch_distributed, run, run_script, train_args
+from running import ROOT, fork_trainer, launch_distributed, run
+from tiny import train_args
 
 
 ASSETS = ROOT / "tests" / "assets"
@@ -215,7 +216,7 @@ def train(out, name, change=None, processes=1, **flags):
     elif processes > 1:
         launch_distributed(processes, *args, timeout=900)
     else:
-        run_script(*args, timeout=900)
+        fork_trainer(*args, timeout=900)
     return out
 
 

@@ -237,9 +237,6 @@ def fork_trainer(*argv, log=None, before=None, env=None, cwd=ROOT, check=True, t
     return finished
 
 
-run_script = fork_trainer  # its name in older tests
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launched as a user types it
 # ---------------------------------------------------------------------------------------------------------------------

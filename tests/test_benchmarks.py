@@ -6,7 +6,7 @@ import sys
 import pytest
 from diffusers import ZImagePipeline
 
-from tiny import ROOT, SCRIPT, run
+from running import ROOT, SCRIPT, run
 
 
 BENCHMARKS = ROOT / "tests" / "benchmarks"

@@ -10,7 +10,8 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, build_tiny_pipeline, events, launch, train_args
+from running import ROOT, launch
+from tiny import build_tiny_pipeline, events, train_args
 
 
 BUCKETS = [(64, 64), (48, 80), (80, 48), (32, 32)]  # height, width

@@ -14,7 +14,8 @@ from diffusers import BitsAndBytesConfig, ZImageTransformer2DModel
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tiny import ROOT, launch, train_args
+from running import ROOT, launch
+from tiny import train_args
 
 
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, features
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import lora_tensors, run_script, train_args
+from running import fork_trainer
+from tiny import lora_tensors, train_args
 
 
 def save_picture(path, size=(8, 8), color=(200, 30, 60)):
@@ -297,7 +298,7 @@ def add_what_a_download_leaves(folder):
 
 def test_folder_as_downloaded_trains(tiny_model, photos, tmp_path):
     add_what_a_download_leaves(photos)
-    finished = run_script(*train_args(tiny_model, photos, tmp_path / "out"))
+    finished = fork_trainer(*train_args(tiny_model, photos, tmp_path / "out"))
     assert "6 instance pictures" in finished.output
     assert all(tensor.any() for name, tensor in lora_tensors(tmp_path / "out").items() if ".lora_B." in name)
 

@@ -27,9 +27,9 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from fsdp_cpu_launcher import ENVIRONMENT, allow_fsdp_on_cpu
-from kill_test import TrainerProcess
 from patched_trainer import bitsandbytes_on_cpu
-from tiny import ROOT, SCRIPT, lora_tensors, train_args, training_environment
+from running import ROOT, SCRIPT, TrainerProcess, training_environment
+from tiny import lora_tensors, train_args
 
 
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of sks tile", "a photo of a tile"

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import lora_file, lora_metadata, lora_tensors, run_script, train_args
+from running import fork_trainer
+from tiny import lora_file, lora_metadata, lora_tensors, train_args
 
 
 ATTENTION = "layers.0.attention"
@@ -235,7 +236,7 @@ def warm_start(tiny_model, shared_photos, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm")
     path = saved_lora(folder / "kohya.safetensors", config, rank=4)
     flags = {"init_lora": path, "learning_rate": 1e-9, "max_train_steps": 1, "upcast_before_saving": True}
-    run_script(*train_args(tiny_model, shared_photos, folder / "out", **flags))
+    fork_trainer(*train_args(tiny_model, shared_photos, folder / "out", **flags))
     return path, folder / "out"
 
 
@@ -273,7 +274,7 @@ def test_our_file_our_comfyui_file_and_a_kohya_named_one_give_the_same_velocity(
 def test_a_finished_run_without_checkpoints_says_how_to_train_its_lora_on(warm_start, tiny_model, shared_photos):
     path, out = warm_start
     flags = {"init_lora": path, "learning_rate": 1e-9, "max_train_steps": 1, "resume_from_checkpoint": "latest"}
-    finished = run_script(*train_args(tiny_model, shared_photos, out, upcast_before_saving=True, **flags))
+    finished = fork_trainer(*train_args(tiny_model, shared_photos, out, upcast_before_saving=True, **flags))
     assert f"give --init_lora {out} and another --output_dir" in finished.output
 
 
@@ -438,13 +439,13 @@ def test_a_run_on_a_transformer_in_one_file_needs_no_other_and_its_content_is_th
     path = save(whole_checkpoint(weights), tmp_path / "model.safetensors")
     flags = {"transformer_path": path, "checkpointing_steps": 1}
     for name, pipeline, options in (("one", model, flags), ("folder", tiny_model, {})):
-        finished = run_script(*train_args(pipeline, shared_photos, tmp_path / name, **options))
+        finished = fork_trainer(*train_args(pipeline, shared_photos, tmp_path / name, **options))
         assert ("holds more than the transformer: that alone is taken" in finished.output) == (name == "one")
     one, folder = lora_tensors(tmp_path / "one"), lora_tensors(tmp_path / "folder")
     assert one.keys() == folder.keys() and all(torch.equal(one[name], folder[name]) for name in one)
     save(original_names({name: 2 * tensor for name, tensor in weights.items()}), path)
     resumed = train_args(model, shared_photos, tmp_path / "one", resume_from_checkpoint="latest", **flags)
-    finished = run_script(*resumed, check=False)
+    finished = fork_trainer(*resumed, check=False)
     assert finished.returncode == 2 and "transformer was " in finished.stderr
 
 
@@ -456,7 +457,7 @@ def test_validation_pictures_come_from_a_transformer_in_one_file(weights, tiny_m
     pictures = []
     for name, other in (("other", path), ("own", None)):
         flags |= {"skip_final_inference": False, "validation_model_path": other, "max_train_steps": 1}
-        run_script(*train_args(tiny_model, shared_photos, tmp_path / name, **flags))
+        fork_trainer(*train_args(tiny_model, shared_photos, tmp_path / name, **flags))
         (picture,) = (tmp_path / name / "samples").glob("*-000001-prompt-0-image-0.png")
         pictures.append(picture.read_bytes())
     assert pictures[0] != pictures[1]
@@ -466,7 +467,7 @@ def test_validation_pictures_come_from_a_transformer_in_one_file(weights, tiny_m
 def test_a_file_that_cannot_be_used_is_one_line_and_exit_status_2(flag, tiny_model, shared_photos, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" + bytes(100))
     flags = {flag: tmp_path / "model.safetensors"}
-    finished = run_script(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags), check=False)
+    finished = fork_trainer(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags), check=False)
     assert finished.returncode == 2
     assert f"error: --{flag}: {tmp_path / 'model.safetensors'} is a GGUF file: give" in finished.stderr
 
@@ -509,7 +510,7 @@ def checkpointed(tiny_model, shared_photos, tmp_path_factory):
     }
     (out.parent / "held-out").mkdir()
     Image.new("RGB", (64, 64), "orange").save(out.parent / "held-out" / "orange.png")
-    run_script(*train_args(tiny_model, shared_photos, out, **flags))
+    fork_trainer(*train_args(tiny_model, shared_photos, out, **flags))
     return out
 
 

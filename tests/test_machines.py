@@ -30,8 +30,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_dreambooth_lora_z_image as trainer
+from running import SCRIPT, run
 from test_checkpoint import make_state
-from tiny import SCRIPT, build_tiny_pipeline, events, run, train_args
+from tiny import build_tiny_pipeline, events, train_args
 
 
 LORA = "pytorch_lora_weights.safetensors"

@@ -14,8 +14,9 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from torch.profiler import ProfilerActivity, profile
 
 import train_dreambooth_lora_z_image as trainer
+from running import ROOT
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import ROOT, build_tiny_pipeline
+from tiny import build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tiny import ROOT, lora_tensors, run
+from running import ROOT, run
+from tiny import lora_tensors
 
 
 NOTEBOOK = ROOT / "tests" / "notebook.ipynb"

@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import train_dreambooth_lora_z_image as trainer
 from patched_trainer import bitsandbytes_on_cpu
-from running import fork_trainer
+from running import ROOT, fork_trainer
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import ROOT, lora_tensors, train_args
+from tiny import lora_tensors, train_args
 
 
 TRAINED_MODEL = ROOT / "tests" / "assets" / "tiny-z-image"

@@ -30,7 +30,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, events, lora_tensors, run, run_script, train_args
+from running import ROOT, fork_trainer, run
+from tiny import events, lora_tensors, train_args
 
 
 # Not written out: a tracker that stores the changes to the source would store them with it.
@@ -526,7 +527,7 @@ def run_with_trackers(report_to, model, photos, folder):
         "skip_final_inference": None,
     }
     (folder / "home").mkdir()
-    run_script(*train_args(model, photos, folder / "out", **flags), env=environment, cwd=folder)
+    fork_trainer(*train_args(model, photos, folder / "out", **flags), env=environment, cwd=folder)
 
 
 def contents(paths):

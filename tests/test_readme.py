@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, SCRIPT, launch, lora_tensors, run, train_args
+from running import ROOT, SCRIPT, launch, run
+from tiny import lora_tensors, train_args
 
 
 README = ROOT / "README.md"

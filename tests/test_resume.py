@@ -20,25 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lora_z_image as trainer
-from kill_test import (
-    bit_identical,
-    class_pictures,
-    everything,
-    fork_trainer,
-    kill_again_and_again,
-    write_captions,
-)
-from running import error_line
-from tiny import (
-    LAUNCHER_FLAGS,
-    SCRIPT,
-    build_tiny_pipeline,
-    launch_distributed,
-    lora_tensors,
-    run_script,
-    train_args,
-    training_environment,
-)
+from kill_test import bit_identical, class_pictures, everything, kill_again_and_again, write_captions
+from running import LAUNCHER_FLAGS, SCRIPT, error_line, fork_trainer, launch_distributed, training_environment
+from tiny import build_tiny_pipeline, lora_tensors, train_args
 
 
 LORA, STATE = "pytorch_lora_weights.safetensors", "training_state.pt"
@@ -205,7 +189,7 @@ def test_a_real_launch_killed_while_it_trains_is_resumed_to_the_same_bits(tiny_m
     process.kill()
     process.wait()
     assert checkpoints(tmp_path / "out")
-    run_script(*argv)
+    fork_trainer(*argv)
     assert bit_identical(tmp_path / "out", shared_run)
 
 
@@ -1217,7 +1201,7 @@ def test_no_secret_is_written_anywhere(tracker, tiny_model, photos, tmp_path):
         num_validation_images=1,
         validation_num_inference_steps=1,
     )
-    finished = run_script(*argv, env={**SECRETS, "WANDB_DIR": str(work), "HOME": str(work)}, cwd=work)
+    finished = fork_trainer(*argv, env={**SECRETS, "WANDB_DIR": str(work), "HOME": str(work)}, cwd=work)
     log.write_text(finished.output, "utf-8")
     written = [path for folder in (out, work) for path in folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name or path.suffix == ".wandb" for path in written)

@@ -28,7 +28,8 @@ from diffusers import AutoencoderKL, ZImagePipeline
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from tiny import ROOT, lora_metadata, lora_tensors, train_args, training_environment
+from running import ROOT, training_environment
+from tiny import lora_metadata, lora_tensors, train_args
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")

@@ -15,18 +15,6 @@ from types import SimpleNamespace
 
 import torch
 
-from running import (  # noqa: F401 (tests take them from here)
-    LAUNCHER_FLAGS,
-    ROOT,
-    SCRIPT,
-    Finished,
-    launch,
-    launch_distributed,
-    run,
-    run_script,
-    training_environment,
-)
-
 
 # Like Qwen3's template for plain conversations: an empty thought is written out when thinking is switched off.
 CHAT_TEMPLATE = (

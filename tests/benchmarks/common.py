@@ -28,7 +28,8 @@ ROOT = BENCHMARKS.parent.parent
 SCRIPT = ROOT / "train_dreambooth_lora_z_image.py"
 sys.path[:0] = [str(ROOT), str(BENCHMARKS.parent)]
 
-from tiny import events, training_environment  # noqa: E402 (needs the path)
+from running import training_environment  # noqa: E402 (needs the path)
+from tiny import events  # noqa: E402 (needs the path)
 
 
 PROMPT = "a photo of sks dog"

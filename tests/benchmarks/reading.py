@@ -21,7 +21,8 @@ import common
 import torch
 from PIL import Image
 
-from tiny import build_tiny_pipeline, training_environment
+from running import training_environment
+from tiny import build_tiny_pipeline
 
 
 def build_photographs(folder, number, megapixels):
