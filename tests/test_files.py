@@ -585,7 +585,7 @@ def averaged(tiny_model, shared_photos, tmp_path_factory):
         for steps in lengths:
             options = flags | {"max_train_steps": steps, "resume_from_checkpoint": "latest"}
             options |= {"validation_prompt": "a dog", "num_validation_images": 0}
-            finished = run_script(*train_args(tiny_model, shared_photos, folder / name, **options))
+            finished = fork_trainer(*train_args(tiny_model, shared_photos, folder / name, **options))
         outputs.append((folder / name, finished.output))
     return outputs
 
