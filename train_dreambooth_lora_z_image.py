@@ -57,8 +57,10 @@ import struct
 import sys
 import threading
 import time
+import types
 import unicodedata
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -128,7 +130,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm.auto import tqdm
 
@@ -152,7 +157,6 @@ SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded faster
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
-HEAP_GAPS = (41, 250)  # unused bytes of glibc's heap for each token and channel: in a layer that keeps all, and in all
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OUT_OF_MEMORY = re.compile(
     "out of memory|OutOfMemory|ALLOC_FAILED|MemoryError|can't allocate memory|not enough memory"
@@ -579,8 +583,10 @@ def resolutions(text: str) -> tuple[int, ...]:
     return tuple(map(count, text.split(",")))
 
 
-def fraction_or_boolean(text: str) -> float:
-    """A number from 0 to 1, or `true` or `false`."""
+def fraction_or_word(text: str) -> float | str:
+    """A number from 0 to 1, `true`, `false` or `auto`."""
+    if text == "auto":
+        return text
     return fraction(text) if re.match(r"[\d.+-]", text) else float(boolean(text))
 
 
@@ -608,8 +614,8 @@ def build_parser() -> OneLineErrorParser:
         help="Hold the transformer in that: int8 is for any GPU, fp8 is --do_fp8_training, nf4 is configs/nf4.json.")
     add("--bnb_quantization_config_path", metavar="JSON",
         help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
-    add("--gradient_checkpointing", type=fraction_or_boolean, nargs="?", const=True, default=False, metavar="FRACTION",
-        help="Recompute the transformer's blocks, or a fraction of them, in the backward pass: less memory, slower.")
+    add("--gradient_checkpointing", type=fraction_or_word, nargs="?", const=True, default=False, metavar="FRACTION",
+        help="Recompute the transformer's blocks, or a fraction of them (auto: as memory needs): less memory, slower.")
     add("--offload", action="store_true",
         help="Keep encoders, and the inputs of recomputed blocks, in host memory while the device does not need them.")
     add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
@@ -750,6 +756,8 @@ def build_parser() -> OneLineErrorParser:
     add("--hub_model_id", metavar="ID", help="Repository. Default: the name of --output_dir.")
     add("--hub_token", metavar="TOKEN", help="Default: the token of hf auth login.")
     add("--hub_private", action="store_true", help="Make the repository private.")
+    add("--plan_for", type=positive, metavar="GIB",
+        help="With --dry_run: count the memory as for a CUDA card of that size that is not here.")
     add("--dry_run", action="store_true", help="Read the data, print the plan, train nothing.")
 
     add = parser.add_argument_group("Accepted without effect").add_argument
@@ -943,6 +951,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_model_precision = ways["--do_fp8_training"] or args.base_model_precision
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
         parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt")
+    if args.plan_for and not args.dry_run:
+        parser.error("--plan_for only counts: give --dry_run too, or leave it out")
     if args.save_best and not args.validation_data_dir:
         parser.error("--save_best needs --validation_data_dir, whose loss says which step is the best")
     if args.adam_beta1 == 1 or args.adam_beta2 == 1:
@@ -1492,6 +1502,7 @@ class Run:
     seed: int
     weight_dtype: torch.dtype  # of the frozen weights and the products
     lora: LoraSettings
+    fraction: float | None = None  # of recomputed blocks, where `--gradient_checkpointing auto` has chosen it
 
     @property
     def sharded(self) -> bool:
@@ -1510,6 +1521,8 @@ class Run:
     @property
     def checkpointed_fraction(self) -> float:
         """Fraction of the blocks that keep only their inputs, by the flag or by the config's FSDP section."""
+        if self.fraction is not None:
+            return self.fraction
         by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
         return float(self.args.gradient_checkpointing or by_config)
 
@@ -1968,7 +1981,8 @@ def quantization_config(run: Run) -> BitsAndBytesConfig | None:
             raise ValueError(
                 "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
             )
-        DiffusersAutoQuantizer.from_config(config).validate_environment()
+        if not run.args.plan_for:
+            DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
 
 
@@ -3391,7 +3405,7 @@ class TrainingState:
             "step": self.step,
             "held_out": self.held_out,
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": recursively_apply(Tensor.cpu, self.optimizer.state_dict()),
             "scaler": self.scaler and self.scaler.state_dict(),
         }
         content = io.BytesIO()  # torch would not say that a disk is full
@@ -3536,6 +3550,510 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Counted memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Memory is counted on fake tensors, which have shapes and no numbers. This other name of the CPU stands for the device
+# of the run, and tells it from the host in every operation.
+COUNTED = torch.device("cpu:0")
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive on COUNTED, rounded up as CUDA's allocator does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: dict[int, tuple[weakref.ref, int]] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Nothing is compiled while this mode is on."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls
+            return args[0].fake_device
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor of several, which are counted one by one
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and tensor.fake_device == COUNTED:
+                self.see(tensor.untyped_storage())
+        return result
+
+    def see(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage, once, until nothing refers to it."""
+        address, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if address not in self.storages:
+            self.storages[address] = (weakref.ref(storage, functools.partial(self.forget, address)), size)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def forget(self, address: int, reference: weakref.ref) -> None:
+        if address in self.storages and self.storages[address][0] is reference:
+            self.live -= self.storages.pop(address)[1]
+
+    def peak_since(self) -> float:
+        """The highest number of bytes since the last call."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+def attention_of_a_gpu(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` by the kernel that CUDA takes: what it keeps differs from the CPU's."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, learns, dropout_p, is_causal, scale=scale)[0]
+
+
+def replace_tensors(module: torch.nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """`Module._apply` for fake tensors, whose own changes parameters in place, which they do not bear."""
+    for child in module.children() if recurse else ():
+        replace_tensors(child, change)
+    for tensors in (module._parameters, module._buffers):
+        for name, old in [(name, old) for name, old in tensors.items() if old is not None]:
+            with torch.no_grad():
+                new = change(old)
+            is_parameter = tensors is module._buffers or new is old or isinstance(new, torch.nn.Parameter)
+            tensors[name] = new if is_parameter else torch.nn.Parameter(new, old.requires_grad)
+    return module
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[MemoryCounter]:
+    """Meanwhile all tensors are fake and are counted; other modes, and random states, stay as they are."""
+    functional, module = torch.nn.functional, torch.nn.Module
+    before = functional.scaled_dot_product_attention, module._apply
+    functional.scaled_dot_product_attention, module._apply = attention_of_a_gpu, replace_tensors
+    try:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.random.fork_rng(devices=[]), _disable_current_modes(), fake, MemoryCounter() as counter:
+            yield counter
+    finally:
+        functional.scaled_dot_product_attention, module._apply = before
+
+
+def without_numbers(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
+    """The module that `build` makes, its tensors fake ones on the host."""
+    with _disable_current_modes(), torch.device("meta"):
+        module = build()
+    return replace_tensors(
+        module, lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="cpu")
+    )
+
+
+def quantize_without_numbers(layer: torch.nn.Module, old: torch.nn.Parameter) -> None:
+    """What bitsandbytes makes of a layer as it moves to a GPU; `old` is its parameter with the settings."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight.to(COUNTED)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        data, state = bnb.functional.quantize_4bit(weight, **{name: getattr(old, name) for name in names})
+        layer.quant_state, more = state, {"quant_state": state, "bnb_quantized": True}
+    else:
+        data, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        layer.state.threshold, more = 0.0, {"CB": data, "SCB": scales}  # as if there were no outliers
+    layer.weight = torch.nn.Parameter(data, requires_grad=False)
+    vars(layer.weight).update(vars(old) | more)
+
+
+class PipelineWithoutNumbers(PipelineInfo):
+    """A pipeline whose components have fake weights."""
+
+    def load(self, cls: type[T], subfolder: str, dtype: torch.dtype, **kwargs: Any) -> T:
+        def build() -> torch.nn.Module:
+            module = cls.from_config(self.transformer_config if subfolder == "transformer" else self.vae_config)
+            if config := kwargs.get("quantization_config"):
+                quantizer = DiffusersAutoQuantizer.from_config(config)
+                quantizer.preprocess_model(module, device_map=None, keep_in_fp32_modules=[])
+                quantized.update((n, m.weight) for n, m in module.named_modules() if hasattr(m, "quant_state"))
+                quantized.update((n, m.weight) for n, m in module.named_modules() if hasattr(m, "state"))
+            return module
+
+        quantized: dict[str, Any] = {}
+        module = without_numbers(build, dtype)
+        for name, old in quantized.items():
+            quantize_without_numbers(module.get_submodule(name), old)
+        return (module.to(COUNTED) if quantized else module).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedRun(Run):
+    """A run that takes place on fake tensors."""
+
+    @property
+    def offloads(self) -> bool:
+        return self.args.offload
+
+
+def counted_run(run: Run) -> CountedRun:
+    """The run as `counting` can do it: one process, on COUNTED, weights without numbers."""
+    pipeline = PipelineWithoutNumbers(**vars(run.pipeline) | {"transformer_file": None})
+    accelerator = types.SimpleNamespace(
+        device=COUNTED,
+        num_processes=1,
+        process_index=0,
+        distributed_type=DistributedType.NO,
+        state=types.SimpleNamespace(dynamo_plugin=types.SimpleNamespace(backend=DynamoBackend.NO)),
+        autocast=functools.partial(
+            torch.autocast, "cpu", run.weight_dtype, run.weight_dtype != torch.float32, cache_enabled=False
+        ),
+    )
+    fraction = run.checkpointed_fraction  # of the real run, where a configuration of FSDP may say so
+    on_gpu = run.args.plan_for or run.accelerator.device.type != "cpu"
+    args = {"gradient_checkpointing": fraction, "offload": run.args.offload and on_gpu}
+    args |= {"attention_backend": None, "enable_npu_flash_attention": False, "compile": False}
+    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(Run)}
+    fields |= {"args": argparse.Namespace(**vars(run.args) | args), "accelerator": accelerator, "pipeline": pipeline}
+    return CountedRun(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The largest shapes that meet in each stage."""
+
+    prompt: int  # tokens of the longest prompt
+    batch: int  # samples of the largest micro-batch,
+    tokens: int  # the tokens of its captions
+    bucket: Size  # and its size
+    accumulates: bool  # whether gradients are there while a micro-batch goes through
+    largest: Size  # of all pictures that are encoded
+    held_out: Size | None
+    drawn: Size | None  # the largest of the pictures for validation
+    class_picture: Size | None  # where some are to be drawn
+
+
+def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shapes:
+    """The shapes of the run, from the pictures' headers and the tokenizer; the first 100 updates stand for all."""
+    args = run.args
+    tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
+    longest = run.pipeline.longest_prompt(args.max_sequence_length)
+    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
+    captions = {example.caption for kind in examples for example in examples[kind]}
+    prompts = (
+        captions | {"", args.class_prompt or ""} | {text for d in drawings for text in (d.prompt, d.negative_prompt)}
+    )
+    lengths = {text: min(count_tokens(tokenizer, text, longest), longest) for text in sorted(prompts)}
+    class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
+    if missing_class_images and not examples["class"]:
+        one = dataclasses.replace(
+            examples["instance"][0], kind="class", caption=args.class_prompt, bucket=class_picture
+        )
+        examples = examples | {"class": [one]}
+    plan = TrainingPlan(examples, run, {text: torch.empty(length, 0) for text, length in lengths.items()})
+    updates = [plan.micro_batches(step) for step in range(min(plan.max_train_steps, 100))]
+    keys = {(len(batch), *plan.key(batch[0].example, batch[0].prompt)) for update in updates for batch in update}
+    count, height, width, tokens = max(
+        keys, key=lambda key: key[0] * (key[1] * key[2] / SIZE_MULTIPLE**2 + 32 * key[3])
+    )
+    return Shapes(
+        prompt=max(lengths.values()),
+        batch=count,
+        tokens=tokens * TOKEN_MULTIPLE,
+        bucket=(height, width),
+        accumulates=max(map(len, updates)) > 1,
+        largest=max((example.bucket for kind in examples for example in examples[kind]), key=math.prod),
+        held_out=max((example.bucket for example in examples.get("held-out", [])), key=math.prod, default=None),
+        drawn=max((drawing.size for drawing in drawings), key=math.prod, default=None),
+        class_picture=class_picture,
+    )
+
+
+def fake_batch(size: int, bucket: Size, tokens: int, run: Run) -> MicroBatch:
+    """A micro-batch of `size` samples, of latents or, where they are not cached, of pixels."""
+    noise = torch.empty(size, *run.pipeline.latent_shape(bucket), device=COUNTED)
+    embeds = [torch.empty(tokens, run.pipeline.transformer_config["cap_feat_dim"], device=COUNTED)] * size
+    numbers = torch.empty(size, device=COUNTED)
+    if run.args.cache_latents:
+        return MicroBatch(noise, numbers, numbers, embeds, latents=torch.empty_like(noise))
+    return MicroBatch(noise, numbers, numbers, embeds, pixels=torch.empty(size, 3, *bucket, device=COUNTED))
+
+
+def count_text_encoder(tokens: int, run: Run, counter: MemoryCounter) -> float:
+    """Bytes of encoding a prompt of so many tokens."""
+    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype
+    encoder = without_numbers(lambda: transformers.AutoModel.from_config(run.pipeline.text_config), dtype).eval()
+    if run.args.offload:  # each layer visits the device by itself
+
+        def move(layer: torch.nn.Module, device: torch.device | str) -> None:
+            replace_tensors(layer, lambda tensor: tensor.to(device), recurse=False)
+
+        for layer in encoder.modules():
+            layer.register_forward_pre_hook(lambda layer, _: move(layer, COUNTED))
+            layer.register_forward_hook(lambda layer, *_: move(layer, "cpu"))
+    else:
+        encoder.to(COUNTED)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=COUNTED)
+    with torch.no_grad():
+        encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
+    return counter.peak_since()
+
+
+@torch.no_grad()
+def count_picture(transformer: ZImageTransformer2DModel, size: Size, tokens: int, run: Run) -> None:
+    """One step of drawing."""
+    batch = fake_batch(1, size, tokens, run)
+    with run.accelerator.autocast():
+        predict_velocity(transformer, batch.noise, batch.sigmas, batch.prompt_embeds, run.weight_dtype)
+
+
+@torch.no_grad()
+def count_vae(bucket: Size, run: Run, decodes: bool = False) -> None:
+    """Encoding or decoding a picture."""
+    vae = load_vae(run).to(COUNTED)
+    if decodes:
+        vae.decode(torch.empty(1, *run.pipeline.latent_shape(bucket), device=COUNTED))
+    else:
+        encode_images(vae, torch.empty(1, 3, *bucket, device=COUNTED), run)
+
+
+def count_training(shapes: Shapes, processes: int, run: Run, counter: MemoryCounter) -> dict[str, float]:
+    """{stage: bytes} of training and of what is done with its model, sharded over so many processes."""
+    args, stages, before = run.args, {}, counter.live
+    transformer = load_transformer(run)
+    frozen = counter.live - before
+    # FSDP gathers a block while the one before it computes.
+    elsewhere = frozen * (1 - 1 / processes - 2 / len(transformer_blocks(transformer))) if processes > 1 else 0
+    parameters = add_lora(transformer, run)
+    if args.base_adapter:
+        load_base_adapter(transformer, run)
+    optimizer = build_optimizer(parameters, args, args.learning_rate)
+    vae = None if args.cache_latents else load_vae(run)
+    average = [torch.zeros_like(parameter) for parameter in parameters] if args.ema_decay else []  # noqa: F841
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not shapes.accumulates:
+        optimizer.zero_grad()
+    counter.peak_since()
+    batch = fake_batch(shapes.batch, shapes.bucket, shapes.tokens, run)
+    training_loss(transformer.train(), vae, batch, args.weighting_scheme, run).backward()
+    stages["training"] = counter.peak_since()
+    optimizer.zero_grad()
+    del batch
+    if shapes.held_out:
+        batch = fake_batch(1, shapes.held_out, shapes.tokens, run)
+        with eval_mode(transformer):
+            training_loss(transformer, None, dataclasses.replace(batch, latents=batch.noise), "none", run)
+        stages["held out"] = counter.peak_since()
+        del batch
+    if shapes.drawn:
+        other = args.validation_model_path
+        with eval_mode(transformer), set_aside(transformer, run) if other else contextlib.nullcontext():
+            counter.peak_since()
+            drawing = with_same_lora(transformer, run.pipeline, run) if other else transformer
+            count_picture(drawing, shapes.drawn, shapes.prompt, run)
+            del drawing
+            release_memory()
+            count_vae(shapes.drawn, run, decodes=True)
+            stages["pictures"] = counter.peak_since()
+    return {stage: size - max(0, elsewhere) for stage, size in stages.items()}
+
+
+def count_memory(shapes: Shapes, run: Run, training_only: bool = False) -> dict[str, float]:
+    """{stage: highest number of bytes of its tensors on the device}, each stage's models being freed before the next.
+
+    Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
+    nor is what the allocator cannot use for want of a piece that is large enough.
+    """
+    processes, run = run.accelerator.num_processes if run.sharded else 1, counted_run(run)
+    args, stages = run.args, {}
+    with counting() as counter:
+        if not training_only:
+            stages["text encoder"] = count_text_encoder(shapes.prompt, run, counter)
+            stages["text encoder"] /= processes if args.fsdp_text_encoder else 1
+            release_memory()
+        encoded = shapes.largest if args.cache_latents else shapes.held_out
+        if encoded and not training_only:
+            counter.peak_since()
+            count_vae(encoded, run)
+            stages["VAE"] = counter.peak_since()
+        if shapes.class_picture and not training_only:
+            release_memory()
+            dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
+            drawing = load_drawing_transformer(run.pipeline, dtype, run)
+            count_picture(drawing, shapes.class_picture, shapes.prompt, run)
+            del drawing
+            release_memory()
+            count_vae(shapes.class_picture, run, decodes=True)
+            stages["class pictures"] = counter.peak_since()
+        release_memory()
+        return stages | count_training(shapes, processes, run, counter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+GIB = 2**30
+CONTEXT = 0.8e9  # bytes that CUDA's context and libraries take of a card
+FRAGMENTATION = 1.08  # what the allocator takes for each byte of tensors
+LESS_MEMORY = {  # flags that take less, those first that cost least
+    "--cache_latents": {"cache_latents": True},
+    "--gradient_checkpointing": {"gradient_checkpointing": 1.0},
+    "--use_8bit_adam": {"use_8bit_adam": True},
+    "--offload": {"offload": True},
+    "--base_model_precision int8": {"base_model_precision": "int8"},
+    "--base_model_precision nf4": {"base_model_precision": "nf4"},
+    "--train_batch_size 1": {"train_batch_size": 1},
+}
+
+
+def free_bytes(run: Run) -> float:
+    """Free memory of the device, or of the card that `--plan_for` speaks of, but for what its context takes."""
+    if run.args.plan_for:
+        return run.args.plan_for * GIB - CONTEXT
+    if run.accelerator.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.accelerator.device)[0] + torch.cuda.memory_reserved(run.accelerator.device)
+    return psutil.virtual_memory().available
+
+
+def count_with(shapes: Shapes, changes: dict[str, Any], run: Run) -> float | None:
+    """Bytes of the largest stage with these flags changed; None where that cannot be had here."""
+    if run.args.optimizer != "adamw" and "use_8bit_adam" in changes:
+        return None
+    if run.args.bnb_quantization_config_path and "base_model_precision" in changes:
+        return None
+    other = dataclasses.replace(
+        run,
+        args=argparse.Namespace(**vars(run.args) | changes),
+        fraction=changes.get("gradient_checkpointing", run.fraction),
+    )
+    with contextlib.suppress(UserError, ImportError):
+        shapes = dataclasses.replace(shapes, batch=min(shapes.batch, other.args.train_batch_size))
+        return max(count_memory(shapes, other).values())
+    return None
+
+
+def count_alternatives(shapes: Shapes, run: Run) -> dict[str, float]:
+    """{flags: bytes of the largest stage with them}: alone and, if none of these fits, one after the other."""
+    given = vars(run.args) | {"gradient_checkpointing": run.checkpointed_fraction}
+    flags = {flag: changes for flag, changes in LESS_MEMORY.items() if not changes.items() <= given.items()}
+    found = {flag: count_with(shapes, changes, run) for flag, changes in flags.items()}
+    together, changes, room = [], {}, free_bytes(run)
+    while flags and not any(size and size * FRAGMENTATION <= room for size in found.values()):
+        flag = next(iter(flags))
+        changes |= flags.pop(flag)
+        together = [other for other in together if other.split()[0] != flag.split()[0]] + [flag]
+        if len(together) > 1:
+            found[" ".join(together)] = count_with(shapes, changes, run)
+    return {flag: size for flag, size in found.items() if size}
+
+
+def would_fit(fitting: list[str], alternatives: dict[str, float]) -> str:
+    """The flags that would fit, as a sentence."""
+    if not fitting:
+        return "No flags that this program knows would fit: lower --resolution"
+    return "These would fit: " + ", ".join(f"{flag} ({alternatives[flag] / GIB:.1f} GiB)" for flag in fitting)
+
+
+def describe_memory(counted: dict[str, float], shapes: Shapes, run: Run) -> list[str]:
+    """What each stage will take, and what flags would change, as lines; where it does not fit, which of them would."""
+    at_most = {"training": " at most"} if run.compiled else {}
+    sizes = ", ".join(f"{stage}{at_most.get(stage, '')} {size / GIB:.2f}" for stage, size in counted.items())
+    lines, room = [f"Expected peak memory, GiB: {sizes}"], free_bytes(run)
+    too_large = [stage for stage, size in counted.items() if size * FRAGMENTATION > room]
+    alternatives = count_alternatives(shapes, run) if too_large or run.args.dry_run else {}
+    if too_large:
+        largest = max(too_large, key=counted.get)
+        fitting = [f for f, size in alternatives.items() if size * FRAGMENTATION <= room]
+        logger.warning(
+            f"Memory: {largest} needs {counted[largest] / GIB:.1f} GiB, and {room / GIB:.1f} are free, of which the "
+            f"allocator can use {1 / FRAGMENTATION:.0%}. " + would_fit(fitting, alternatives)
+        )
+    return lines + [f"  with {flag}: {size / GIB:.2f} at most in all" for flag, size in alternatives.items()]
+
+
+def choose_fraction(shapes: Shapes, run: Run) -> float:
+    """The smallest fraction of recomputed blocks whose training fits: what `--gradient_checkpointing auto` means."""
+    blocks = run.pipeline.transformer_config["n_layers"] + 2 * run.pipeline.transformer_config["n_refiner_layers"]
+    room = free_bytes(run) / FRAGMENTATION
+
+    def fraction(number: int) -> float:
+        return min(1.0, (number + 0.01) / blocks) if number else 0.0
+
+    def count(number: int) -> float:
+        other = dataclasses.replace(run, fraction=fraction(number))
+        return count_memory(shapes, other, training_only=True)["training"]
+
+    number, least = 0, count(0)
+    if least > room:  # memory is linear in the number of blocks, but for the last
+        most = count(blocks)
+        share = (least - room) / max(1, least - most)
+        number = min(blocks, math.ceil(blocks * share))
+        while number < blocks and count(number) > room:
+            number += 1
+    number = max(gather_object([number]))  # the same in all processes
+    logger.info(f"--gradient_checkpointing auto: {number} of {blocks} blocks are recomputed")
+    return fraction(number)
+
+
+@contextlib.contextmanager
+def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | None, run: Run) -> Iterator[None]:
+    """Where a stage runs out of memory: what was planned, what was free, and which flags would fit.
+
+    Raises TrainingError.
+    """
+    free, text = free_bytes(run), ""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or isinstance(error, TrainingError):
+            raise
+        text = first_line(error)
+    if text:
+        release_memory()
+        planned = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
+        others = ""
+        if run.accelerator.device.type == "cuda":
+            left, total = torch.cuda.mem_get_info(run.accelerator.device)
+            own = torch.cuda.memory_reserved(run.accelerator.device)
+            others = f", other processes and the context hold {(total - left - own) / GIB:.1f}"
+        alternatives = count_alternatives(shapes, run) if shapes else {}
+        fitting = [flag for flag, size in alternatives.items() if size * FRAGMENTATION <= free]
+        raise TrainingError(
+            f"out of memory in {stage}: {planned}{free / GIB:.1f} were free when it began{others} ({text}). "
+            + would_fit(fitting, alternatives)
+        )
+
+
+def plan_memory(
+    examples: Examples, missing_class_images: int, run: Run
+) -> tuple[Run, Callable[[str], contextlib.AbstractContextManager]]:
+    """Say what memory each stage takes, in a dry run and before a run on an accelerator.
+
+    Returns the run with what `--gradient_checkpointing auto` chose, and a context for the stages by name.
+    """
+    shapes, counted = None, {}
+    if run.args.dry_run or run.args.gradient_checkpointing == "auto" or run.accelerator.device.type != "cpu":
+        shapes = find_shapes(examples, missing_class_images, run)
+        if run.args.gradient_checkpointing == "auto":
+            run = dataclasses.replace(run, fraction=choose_fraction(shapes, run))
+        counted = count_memory(shapes, run)
+        for line in describe_memory(counted, shapes, run):
+            logger.info(line)
+    return run, functools.partial(out_of_memory_said, counted=counted, shapes=shapes, run=run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The plan
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3564,90 +4082,6 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
             settings["tensorboard"] = {"purge_step": checkpoint.step + 1}
             settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=settings)
-
-
-@functools.cache
-def count_parameters(pipeline: PipelineInfo) -> dict[str, int]:
-    """{part of the pipeline: its number of parameters}."""
-    with torch.device("meta"):
-        text_encoder = transformers.AutoModel.from_config(pipeline.text_config)
-        vae = AutoencoderKL.from_config(pipeline.vae_config)
-        transformer = ZImageTransformer2DModel.from_config(pipeline.transformer_config)
-    linear = [m for b in transformer_blocks(transformer) for m in b.modules() if isinstance(m, torch.nn.Linear)]
-    return {
-        "text encoder": sum(p.numel() for p in text_encoder.parameters()),
-        "text layer": max(sum(p.numel() for p in m.parameters(recurse=False)) for m in text_encoder.modules()),
-        "vae": sum(p.numel() for p in vae.parameters()),
-        "transformer": sum(p.numel() for p in transformer.parameters()),
-        "products": sum(m.weight.numel() for m in linear if m.bias is None),  # of attention and feed-forward
-        "modulation": sum(m.weight.numel() for m in linear if m.bias is not None),
-    }
-
-
-def expected_memory(examples: Examples, run: Run) -> dict[str, float]:
-    """{stage: expected peak in GiB on its device}, each stage's models being freed before the next."""
-    args, config = run.args, run.pipeline.transformer_config
-    width, parameters = run.weight_dtype.itemsize, count_parameters(run.pipeline)
-    weights = parameters["transformer"] * width
-    if args.base_model_precision in ("fp8", "int8"):
-        weights -= parameters["products"] * (width - 1)
-    elif quantization := quantization_config(run):
-        scales = 1 / 64 + 4 / 64 / 256 if quantization.bnb_4bit_use_double_quant else 4 / 64  # one for 64 weights
-        narrow = 0.5 + scales if quantization.load_in_4bit else 1
-        weights -= (parameters["products"] + parameters["modulation"]) * (width - narrow)
-    rank_parameters = run.lora.rank * sum(sum(paths.values()) for paths in run.lora.targets.values())
-    state = {"prodigy": 16, "adamw": 2 if args.use_8bit_adam else 8}[args.optimizer]
-    adapter = rank_parameters * (4 + 4 + state)  # weights, gradients, optimizer state
-    # Bytes for each token and channel, counted on the eager model: what a layer keeps until the backward pass, what
-    # stays of one that is recomputed, and what is in use for a moment. A refiner sees the picture or the caption.
-    kept, boundary, working = (63, 2, 20) if width == 2 else (77, 4, 31)
-    on_cpu = run.accelerator.device.type == "cpu"
-    if run.compiled:
-        kept *= 0.6  # fused kernels keep less
-    if on_cpu:  # measured at full size and at 1024 channels
-        kept, working = kept + (0 if run.compiled else HEAP_GAPS[0]), working + HEAP_GAPS[1]
-    buckets = {example.bucket for kind in examples for example in examples[kind]}
-    if not all(examples.values()):  # class pictures that are still to be drawn
-        buckets.add((round_size(args.resolution[-1]),) * 2)
-    pixels = max(math.prod(bucket) for bucket in buckets)
-    tokens = pixels / (2 * run.pipeline.vae_scale_factor) ** 2 + 2 * TOKEN_MULTIPLE
-    layers = config["n_layers"] + config["n_refiner_layers"]
-    recomputed = layers * run.checkpointed_fraction
-    in_layers = kept * max(1, layers - recomputed) + (1 if run.offloads else recomputed) * boundary
-    activations = args.train_batch_size * tokens * config["dim"] * (in_layers + working)
-    encoding = parameters["vae"] * 4 + pixels * 4 * 900  # the VAE's widest layers
-    if not args.cache_latents:  # the VAE encodes before the transformer begins
-        activations = max(activations + (0 if run.offloads else parameters["vae"] * 4), encoding)
-    text_encoder = parameters["text layer" if run.offloads else "text encoder"] * width
-    processes = run.accelerator.num_processes if run.sharded else 1
-    stages = {
-        "text encoder": text_encoder / (processes if args.fsdp_text_encoder else 1),
-        "VAE": encoding,
-        "training": weights / processes + adapter + activations,
-    }
-    if validation_prompts(args) or validation_prompts(args, final=True):
-        stages["pictures"] = weights / processes + adapter + encoding
-    libraries = psutil.Process().memory_info().rss if on_cpu else 0
-    return {stage: (size + libraries) / 2**30 for stage, size in stages.items()}
-
-
-def other_flags(examples: Examples, run: Run) -> dict[str, float]:
-    """{"with --flag" or "without --flag": expected peak of training in GiB}, for the flags that are about memory."""
-    flags = ["gradient_checkpointing", "cache_latents"]
-    if run.args.optimizer == "adamw":
-        flags.append("use_8bit_adam")
-    if not run.args.bnb_quantization_config_path:
-        flags.append("base_model_precision")
-    if run.accelerator.device.type != "cpu":
-        flags.append("offload")
-    peaks = {}
-    for flag in flags:
-        given = getattr(run.args, flag)
-        value = "int8" if flag == "base_model_precision" else True
-        other = dataclasses.replace(run, args=argparse.Namespace(**vars(run.args) | {flag: None if given else value}))
-        peak = expected_memory(examples, other)["training"]
-        peaks[f"without --{flag}" if given else f"with --{flag}"] = peak
-    return peaks
 
 
 def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
@@ -3736,10 +4170,6 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
         lines.append(
             f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before --learning_rate is reached; give less"
         )
-    memory = expected_memory(examples, run)
-    lines.append("Expected peak memory, GiB: " + ", ".join(f"{stage} {size:.2f}" for stage, size in memory.items()))
-    if args.dry_run:
-        lines += [f"  training {flag}: {size:.2f}" for flag, size in other_flags(examples, run).items()]
     return lines
 
 
@@ -3818,14 +4248,16 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
 
 
 def next_command(argv: list[str]) -> str:
-    """What to type after `--dry_run`, as a line: the same without that flag, and without the token."""
+    """What to type after `--dry_run`, as a line: the same without that flag, its `--plan_for`, and the token."""
     words, hidden = [], False
     for word in argv[1:]:
         flag, _, value = word.partition("=")
-        token = len(flag) > 2 and "--hub_token".startswith(flag)  # argparse takes beginnings too
-        if not (hidden or token or len(flag) > 2 and "--dry_run".startswith(flag)):
+        begins = [
+            name for name in ("--hub_token", "--plan_for", "--dry_run") if name.startswith(flag) and len(flag) > 2
+        ]
+        if not (hidden or begins):  # argparse takes beginnings too
             words.append(word)
-        hidden = token and not value
+        hidden = begins and begins != ["--dry_run"] and not value
     return f"To train, with the launcher's flags that you gave: accelerate launch {shlex.join([argv[0], *words])}"
 
 
@@ -4243,6 +4675,7 @@ def main(args: argparse.Namespace) -> None:
     plan = TrainingPlan(examples, run)
     for line in describe_plan(examples, missing, plan, run):
         logger.info(line)
+    run, watched = plan_memory(examples, missing, run)
     fingerprint = make_fingerprint(examples, missing, plan, run)
     check_same_everywhere(fingerprint, checkpoint)
     if checkpoint:
@@ -4265,19 +4698,22 @@ def main(args: argparse.Namespace) -> None:
     prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
     for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]:
         prompts |= {drawing.prompt, drawing.negative_prompt}
-    prompt_embeds = encode_prompts(sorted(prompts), run)
+    with watched("text encoder"):
+        prompt_embeds = encode_prompts(sorted(prompts), run)
     if missing:
-        generate_class_images(missing, prompt_embeds, run)
+        with watched("class pictures"):
+            generate_class_images(missing, prompt_embeds, run)
         examples["class"] = add_resolutions(load_folder("class", args), args)
     plan = TrainingPlan(examples, run, prompt_embeds)
     data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]
-    data.latents = cache_latents([example for kind in cached for example in examples[kind]], run)
+    with watched("VAE"):
+        data.latents = cache_latents([example for kind in cached for example in examples[kind]], run)
     data.vae = None if args.cache_latents else load_vae(run)
 
     # Training
-    state = load_training_state(plan, checkpoint, run)
-    with StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
+    with watched("training"), StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
+        state = load_training_state(plan, checkpoint, run)
         validation = Validation(state.transformer, state.held_out, data, stop, run)
         if validation.write_page(state.step):
             logger.info(
@@ -4336,10 +4772,6 @@ def run_command_line() -> int:
         return 2 if isinstance(error, UserError) else 1
     except (OSError, SafetensorError) as error:  # a disk that is full, a folder that cannot be written
         print_error(first_line(error))
-        return 1
-    except torch.OutOfMemoryError as error:
-        less = "--gradient_checkpointing, --cache_latents, --use_8bit_adam, a smaller --resolution, a quantized model"
-        print_error(f"{first_line(error)} Less memory: {less}")
         return 1
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):

@@ -1,20 +1,19 @@
 """What the plan says about memory is what training then takes: weights, adapter, optimizer, activations."""
 
+import dataclasses
 import itertools
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import ZImageTransformer2DModel
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import train_dreambooth_lora_z_image as trainer
-from running import ROOT
 from test_compile import gradients, make_batch, make_run, prepare
 from tiny import build_tiny_pipeline
 
@@ -30,18 +29,12 @@ def narrow_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def libraries(monkeypatch):
-    """What Python and its libraries take by themselves, in bytes: the plan adds it on the CPU. No gaps in the heap."""
-    monkeypatch.setattr(trainer, "HEAP_GAPS", (0, 0))
-    taken = SimpleNamespace(rss=2**28)
-    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: taken)
-    return taken.rss
-
-
-def pictures_of(bucket):
-    """One picture to train on, of that size."""
-    return {"instance": [trainer.Example("instance", "a dog", Path("dog.png"), "a dog", bucket, bucket, 1)]}
+def shapes(bucket=(128, 128), **others):
+    """The shapes of a run on one picture of that size, with a caption of 64 tokens."""
+    nothing = {"held_out": None, "drawn": None, "class_picture": None, "accumulates": False}
+    return trainer.Shapes(
+        **{"prompt": 64, "batch": 1, "tokens": 64, "bucket": bucket, "largest": bucket, **nothing, **others}
+    )
 
 
 def allocated_peak(function):
@@ -60,7 +53,7 @@ def allocated_peak(function):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointing, narrow_model, libraries):
+def test_training_takes_the_memory_that_is_counted(precision, checkpointing, narrow_model):
     run = make_run(narrow_model, precision, gradient_checkpointing=checkpointing, cache_latents=True)
     transformer, parameters = prepare(run)
     optimizer = trainer.build_optimizer(parameters, run.args, 1e-4)
@@ -70,38 +63,39 @@ def test_training_takes_the_memory_that_the_plan_expects(precision, checkpointin
     optimizer.step()
     state = [tensor for values in optimizer.state.values() for tensor in values.values()]
     kept = sum(tensor.nbytes for tensor in itertools.chain(transformer.parameters(), state))
-
-    expected = trainer.expected_memory(pictures_of((128, 128)), run)["training"]
-    assert expected * 2**30 - libraries == pytest.approx(kept + peak, rel=0.1)
+    assert trainer.count_memory(shapes(), run)["training"] == pytest.approx(kept + peak, rel=0.05)
 
 
-SMALLEST = {"cache_latents": True, "lora_layers": "layers.0.attention.to_q", "rank": 1}
+def weights_of(module):
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
 
 
-def test_float8_weights_take_the_memory_that_the_plan_expects(narrow_model, libraries):
-    run = make_run(narrow_model, "bf16", do_fp8_training=True, gradient_checkpointing=True, **SMALLEST)
-    weights = sum(parameter.nbytes for parameter in trainer.load_transformer(run).parameters())
-    # The smallest LoRA takes next to nothing, and activations of 65 tokens are as the test above found.
-    expected = trainer.expected_memory(pictures_of((16, 16)), run)
-    activations = 65 * 256 * (63 + 2 * 4 + 20)
-    assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
+def counted_weights(run):
+    """The bytes of the frozen transformer, as they are counted."""
+    with trainer.counting() as counter:
+        transformer = trainer.load_transformer(trainer.counted_run(run))
+        assert transformer.device == trainer.COUNTED
+        return counter.live
 
 
-def test_nf4_weights_take_the_memory_that_the_plan_expects(narrow_model, monkeypatch, libraries):
+@pytest.mark.parametrize("precision", [None, "int8", "fp8", "nf4"])
+def test_weights_take_the_memory_that_is_counted(precision, narrow_model, monkeypatch):
     # diffusers asks for a GPU, bitsandbytes does not
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: device_map)
-    nf4 = ROOT / "configs" / "nf4.json"
-    run = make_run(narrow_model, "bf16", bnb_quantization_config_path=nf4, gradient_checkpointing=True, **SMALLEST)
-
-    transformer = trainer.load_transformer(run)
-    weights = sum(parameter.nbytes for parameter in transformer.parameters())
-    for parameter in transformer.parameters():
-        if state := getattr(parameter, "quant_state", None):
+    run = make_run(narrow_model, "bf16", base_model_precision=precision)
+    weights = 0
+    for tensor in weights_of(trainer.load_transformer(run)):
+        parts = (
+            [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            if hasattr(tensor, "__tensor_flatten__")
+            else [tensor]
+        )
+        weights += sum(part.nbytes for part in parts)
+        if state := getattr(tensor, "quant_state", None):
             weights += state.absmax.nbytes + state.state2.absmax.nbytes
-    expected = trainer.expected_memory(pictures_of((16, 16)), run)
-    activations = 65 * 256 * (63 + 2 * 4 + 20)
-    assert expected["training"] * 2**30 - activations - libraries == pytest.approx(weights, rel=0.05)
+    assert counted_weights(run) == pytest.approx(weights, rel=0.03)
 
 
 def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, monkeypatch):
@@ -127,9 +121,12 @@ def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, 
         embeds.append(trainer.encode_prompts(["a photo of sks dog"], run)["a photo of sks dog"])
         weights.append(most[0])
     assert torch.equal(*embeds)
-    sizes = trainer.count_parameters(run.pipeline)
-    assert weights[0] == sizes["text encoder"]
-    assert 0 < weights[1] <= sizes["text layer"] < sizes["text encoder"] / 2
+    assert 0 < weights[1] < weights[0] / 2
+    with_offload, without = (
+        trainer.count_memory(shapes(), make_run(tiny_model, plan_for=1, dry_run=True, offload=offload))["text encoder"]
+        for offload in (True, False)
+    )
+    assert with_offload < 0.7 * without
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_inputs_of_recomputed_blocks_can_wait_on_the_host(reentrant, tiny_model,
     assert sorted(tokens) == [32, 32, 64, 64]  # of the picture, the caption, and both in two layers
 
 
-def test_the_vae_takes_pictures_one_at_a_time(tiny_model):
+def test_the_vae_takes_pictures_one_at_a_time(tiny_model, monkeypatch):
     run = make_run(tiny_model)
     vae, batches = trainer.load_vae(run), []
     for name in ("encode", "decode"):
@@ -180,7 +177,8 @@ def test_the_vae_takes_pictures_one_at_a_time(tiny_model):
     pixels = torch.rand(3, 3, 64, 48) * 2 - 1
     latents = trainer.encode_images(vae, pixels, run)
     assert latents.shape == (3, *run.pipeline.latent_shape((64, 48)))
-    assert trainer.decode_latents(vae, latents, run).shape == pixels.shape
+    monkeypatch.setattr(trainer, "load_vae", lambda run: vae)
+    assert [picture.size for picture in trainer.decode_latents(list(latents), run)] == [(48, 64)] * 3
     assert batches == [1] * 6
 
 
@@ -192,17 +190,110 @@ def sharded_run(model, **flags):
     return run
 
 
-def test_the_plan_counts_what_a_sharded_process_has(narrow_model):
+def test_a_sharded_process_has_its_part_of_the_weights(narrow_model):
     whole, shared = make_run(narrow_model, gradient_checkpointing=True), sharded_run(narrow_model)
-    plans = [trainer.expected_memory(pictures_of((64, 64)), run)["training"] for run in (whole, shared)]
-    weights = 4 * trainer.count_parameters(whole.pipeline)["transformer"]
-    assert (plans[0] - plans[1]) * 2**30 == pytest.approx(weights * 3 / 4)
+    plans = [trainer.count_memory(shapes(), run)["training"] for run in (whole, shared)]
+    weights = counted_weights(whole)
+    gathered = 2 * weights / 5  # two of five blocks
+    assert plans[0] - plans[1] == pytest.approx(weights * 3 / 4 - gathered, rel=0.01)
 
 
-def test_the_plan_counts_pictures_that_are_drawn(narrow_model):
-    stages = []
-    for flags in ({}, {"validation_prompt": "a dog"}, {"final_validation_prompt": "a dog"}):
-        run = make_run(narrow_model, **{"skip_final_inference": False, **flags})
-        stages.append(trainer.expected_memory(pictures_of((64, 64)), run))
-    assert ["pictures" in plan for plan in stages] == [False, True, True]
-    assert stages[1]["pictures"] > stages[1]["VAE"]
+def test_every_stage_of_the_run_is_counted(tiny_model):
+    run = make_run(tiny_model, cache_latents=True)
+    size = (64, 64)
+    assert list(trainer.count_memory(shapes(size), run)) == ["text encoder", "VAE", "training"]
+    counted = trainer.count_memory(shapes(size, held_out=size, drawn=size, class_picture=size), run)
+    assert {*counted} == {"text encoder", "VAE", "class pictures", "training", "held out", "pictures"}
+    assert counted["pictures"] > counted["VAE"]
+
+
+def test_another_validation_model_takes_the_place_of_the_one_in_training(narrow_model):
+    pictures = [
+        trainer.count_memory(shapes((64, 64), drawn=(64, 64)), make_run(narrow_model, **flags))["pictures"]
+        for flags in ({"cache_latents": True}, {"cache_latents": True, "validation_model_path": narrow_model})
+    ]
+    assert pictures[1] == pytest.approx(pictures[0], rel=0.05)
+
+
+def test_memory_is_counted_where_another_mode_is_active_and_leaves_no_trace(tiny_model):
+    run, state = make_run(tiny_model, cache_latents=True), torch.get_rng_state()
+    plain, attention = trainer.count_memory(shapes(), run), torch.nn.functional.scaled_dot_product_attention
+    with FakeTensorMode():
+        assert trainer.count_memory(shapes(), run) == plain
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.nn.functional.scaled_dot_product_attention is attention
+
+
+def test_auto_recomputes_as_few_blocks_as_fit(narrow_model, monkeypatch, caplog):
+    monkeypatch.setattr(trainer, "gather_object", lambda items: items)
+    caplog.set_level("INFO", trainer.logger.name)
+    run = make_run(narrow_model, gradient_checkpointing="auto", cache_latents=True)
+
+    def counted(fraction):
+        other = dataclasses.replace(run, fraction=fraction)
+        return trainer.count_memory(shapes(), other, training_only=True)["training"]
+
+    for wanted in (0.0, 0.4, 1.0):
+        room = counted(wanted + 0.001 * (wanted == 0.4)) * trainer.FRAGMENTATION + 1
+        monkeypatch.setattr(trainer, "free_bytes", lambda run, room=room: room)
+        assert trainer.choose_fraction(shapes(), run) == pytest.approx(wanted, abs=0.01)
+        assert f"{round(5 * wanted)} of 5 blocks" in caplog.messages[-1]
+
+
+def test_what_does_not_fit_is_said_with_flags_that_would(narrow_model, monkeypatch, caplog):
+    run = make_run(narrow_model, "bf16", cache_latents=True)
+    counted = trainer.count_memory(shapes(), run)
+    recomputed = trainer.count_memory(shapes(), dataclasses.replace(run, fraction=1.0))["training"]
+    monkeypatch.setattr(trainer, "free_bytes", lambda run: 1.01 * recomputed * trainer.FRAGMENTATION)
+    trainer.describe_memory(counted, shapes(), run)
+    (line,) = caplog.messages
+    assert line.startswith(f"Memory: training needs {counted['training'] / 2**30:.1f} GiB")
+    assert "These would fit: " in line and "--gradient_checkpointing (" in line and "--cache_latents" not in line
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas"])
+def test_a_stage_that_runs_out_of_memory_says_what_was_planned(error, tiny_model):
+    run = make_run(tiny_model, cache_latents=True)
+    with (
+        pytest.raises(
+            trainer.TrainingError, match=r"^out of memory in training: 3.0 GiB were planned, [\d.]+ were free"
+        ),
+        trainer.out_of_memory_said("training", {"training": 3 * 2**30}, shapes(), run),
+    ):
+        raise error
+
+
+def test_another_error_in_a_stage_stays_what_it_is(tiny_model):
+    with (
+        pytest.raises(RuntimeError, match="^shapes$"),
+        trainer.out_of_memory_said("VAE", {}, None, make_run(tiny_model)),
+    ):
+        raise RuntimeError("shapes")
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas"])
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles_once(error, tiny_model, monkeypatch, caplog):
+    run, decode, tiled = make_run(tiny_model), trainer.AutoencoderKL.decode, []
+
+    def fail_whole(vae, latents, **options):
+        tiled.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise error
+        return decode(vae, latents, **options)
+
+    monkeypatch.setattr(trainer.AutoencoderKL, "decode", fail_whole)
+    latents = [torch.zeros(run.pipeline.latent_shape((64, 48)))] * 2
+    assert [picture.size for picture in trainer.decode_latents(latents, run)] == [(48, 64)] * 2
+    assert tiled == [False, True, True]
+    assert sum("decoded in tiles" in message for message in caplog.messages) == 1
+
+
+def test_a_plan_for_a_card_that_is_not_here_is_a_dry_run(tiny_model):
+    with pytest.raises(SystemExit):
+        make_run(tiny_model, plan_for=8)
