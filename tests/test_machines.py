@@ -732,9 +732,9 @@ def test_processes_without_a_device_for_each_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"guidance_scale": 1.5}, {"num_inference_steps": 50, "guidance_scale": 5.0}),
-        ({"guidance_scale": 0}, {"num_inference_steps": 8, "guidance_scale": 0.0}),
-        ({"guidance_scale": 0, "validation_model_path": "Turbo"}, {"num_inference_steps": 50, "guidance_scale": 5.0}),
+        ({"guidance_scale": 1.5}, (50, 5.0)),
+        ({"guidance_scale": 0}, (8, 0.0)),
+        ({"guidance_scale": 0, "validation_model_path": "Turbo"}, (50, 5.0)),
     ],
 )
 def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_path, monkeypatch):
@@ -742,7 +742,11 @@ def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_pat
     monkeypatch.setattr(
         trainer, "load_drawing_transformer", lambda pipeline, dtype, run: drawn.append(dtype) or torch.nn.Linear(1, 1)
     )
-    monkeypatch.setattr(trainer, "draw_latents", lambda *args: drawn.append(args[4]) or [torch.zeros(1)])
+    monkeypatch.setattr(
+        trainer,
+        "draw_latents",
+        lambda transformer, drawing, *rest: drawn.append((drawing.steps, drawing.guidance)) or [torch.zeros(1)],
+    )
     monkeypatch.setattr(trainer, "decode_latents", lambda latents, run: [Image.new("RGB", (8, 8))])
     flags = {**flags, "class_data_dir": tmp_path, "num_class_images": 1, "prior_generation_precision": "fp16"}
     accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, device=torch.device("cpu"))
@@ -758,7 +762,9 @@ def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model
     monkeypatch.setattr(
         trainer.ZImageTransformer2DModel, "set_attention_backend", lambda model, name: chosen.append(name)
     )
-    pipeline = SimpleNamespace(load=lambda cls, part, **more: cls.from_pretrained(tiny_model, subfolder=part))
+    pipeline = SimpleNamespace(
+        transformer_file=None, load=lambda cls, part, **more: cls.from_pretrained(tiny_model, subfolder=part)
+    )
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     args = parsed(attention_backend="native")
     run = trainer.Run(args, accelerator, pipeline, 0, torch.float32, None)

@@ -523,7 +523,8 @@ def test_a_checkpoint_is_whole_or_absent_whichever_write_fails(tiny_model, photo
     broken = [json.loads(line[8:]) for line in finished.output.splitlines() if line.startswith("broken: ")]
     assert {name for name, _ in broken} >= {"mkdir", "safetensors", "open", "fsync", "rename", None}
     for _, left in broken:
-        assert left in (["checkpoint-1"], ["checkpoint-1", "checkpoint-2"])
+        folders = [name for name in left if name not in ("comfyui", "run.json", ".run.json.part")]
+        assert folders in (["checkpoint-1"], ["checkpoint-1", "checkpoint-2"])
     said = [line for line in finished.output.splitlines() if "could not be saved" in line]
     failed = [left for name, left in broken if name and "checkpoint-2" not in left]
     assert len(said) >= len(failed) > 5
