@@ -81,10 +81,10 @@ def observe(path, fsdp, change, trainer):
         notes["bytes"]["text encoder"] = local_bytes(text_encoders[0])
         return original["count_tokens"](tokenizer, prompt, limit)
 
-    def decode_image(name, source, *side):
-        if not side:  # else it is only looked at for damage
+    def decode_image(name, source, *side, **options):
+        if side != (trainer.CHECKED_SIDE,):  # else it is only looked at for damage
             notes["decoded"].append(Path(name).stem)
-        return original["decode_image"](name, source, *side)
+        return original["decode_image"](name, source, *side, **options)
 
     def train(state, *args):
         text_encoders.clear()
