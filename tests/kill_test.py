@@ -47,6 +47,7 @@ def everything(model, photos, classes, out, **overrides):
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
+        "ema_decay": 0.5,
     }
     return train_args(model, photos, out, **{**flags, **overrides})
 

@@ -154,3 +154,14 @@ def test_gpu_puts_its_table_between_the_marks_of_the_readme(tmp_path):
     gpu.put_into_readme("| new |", tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text("utf-8") == f"before\n{gpu.BEGIN}\n| new |\n\n{gpu.END}after\n"
     assert gpu.BEGIN in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_recipes_trains_both_subjects_and_scores_each_average(tmp_path):
+    flags = ["--recipes=rate 2e-3", "--seeds=0", "--steps=2", f"--output={tmp_path / 'recipes.jsonl'}"]
+    rows = run([sys.executable, BENCHMARKS / "recipes.py", *flags]).stdout.strip().splitlines()
+    assert [row.split("|")[2].strip() for row in rows[2:]] == ["no", "0.99", "0.995"]
+    lines = [json.loads(line) for line in (tmp_path / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["run"] for line in lines] == [["rate 2e-3", "striped-ball", 0], ["rate 2e-3", "cross-toy", 0]]
+    again = run([sys.executable, BENCHMARKS / "recipes.py", *flags]).stdout.strip().splitlines()
+    assert again == rows
