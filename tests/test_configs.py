@@ -145,7 +145,7 @@ def test_recipe_means_the_same_as_its_flags_typed_out(recipe, tiny_model, photos
 def test_recipes_for_a_card_and_for_a_subject_combine(tiny_model, photos, monkeypatch):
     monkeypatch.chdir(ROOT)
     both = parse_recipes(["@configs/12gb.args", "@configs/style.args"], tiny_model, photos)
-    assert (both["resolution"], both["rank"]) == ((768,), 32)
+    assert (both["base_model_precision"], both["rank"]) == ("int8", 32)
 
 
 def test_constraints_pin_every_requirement_to_a_version_in_its_range():
