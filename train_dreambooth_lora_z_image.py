@@ -4773,7 +4773,10 @@ def run_command_line() -> int:
     except (OSError, SafetensorError) as error:  # a disk that is full, a folder that cannot be written
         print_error(first_line(error))
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):  # outside of the stages that say what was planned
+            print_error(f"{first_line(error)} Less memory: --gradient_checkpointing, --cache_latents, see --dry_run")
+            return 1
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         print_error(f"another process has ended, and says why ({first_line(error)})")

@@ -68,7 +68,14 @@ def option_strings(path):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_that_a_document_names_exists(document):
     known = {option for action in trainer.build_parser()._actions for option in action.option_strings}
-    known |= {"--config_file", "--logdir", "--check", "--cpu", "--num_processes"}  # of other programs
+    known |= {
+        "--config_file",
+        "--logdir",
+        "--check",
+        "--cpu",
+        "--num_processes",
+        "--num_cpu_threads_per_process",
+    }  # of others
     for path in [ROOT / "tests" / "kill_test.py", *(ROOT / "tests" / "benchmarks").glob("*.py")]:
         known |= option_strings(path)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+", document.read_text(encoding="utf-8")))
