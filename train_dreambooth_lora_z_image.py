@@ -1699,7 +1699,7 @@ def shows_progress(accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty()
 
 
-def progress(items: Collection[T], what: str, accelerator: Accelerator) -> Iterator[T]:
+def with_progress(items: Collection[T], what: str, accelerator: Accelerator) -> Iterator[T]:
     """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten."""
     at_terminal, next_line = shows_progress(accelerator), time.monotonic() + 2
     for number, item in enumerate(tqdm(items, what, disable=not at_terminal, leave=False)):
@@ -1842,7 +1842,7 @@ def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
         place_text_encoder(pipeline.text_encoder.requires_grad_(False), run)
         with torch.no_grad():
             own = missing if args.fsdp_text_encoder else run.own_part(missing)
-            for prompt in progress(own, "prompts encoded", accelerator):
+            for prompt in with_progress(own, "prompts encoded", accelerator):
                 length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
                 embed = pipeline.encode_prompt(
                     [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
@@ -1930,7 +1930,7 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
     """{(example, flip): latents [C, h, w] on the CPU, with a mask [C + 1, h, w]}, each encoded by one process."""
     cache = EncodingCache(run.args.encoding_cache_dir)
     vae, encoded = None, []
-    for number, example in progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
+    for number, example in with_progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
         content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: latents can be reused
         crop = "center" if run.args.center_crop or example.kind == "held-out" else "drawn"
         for flip in (False, True) if run.args.random_flip and example.kind != "held-out" else (False,):
@@ -2776,7 +2776,7 @@ class ReadingThreads:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self.load(samples))
-                except BaseException as error:
+                except BaseException as error:  # whatever it is: `take` would wait for ever for what never comes
                     future.set_exception(error)
 
     def take(self, device: torch.device, stopping: Callable[[], bool], patience: float) -> MicroBatch | None:
@@ -2955,7 +2955,7 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     own, size = run.own_part(free[:missing]), args.sample_batch_size
     batches = [own[first : first + size] for first in range(0, len(own), size)]
     drawn, drawing = {}, drawing_of(args.class_prompt, args, own=True)
-    for numbers in progress(batches, "batches of class pictures", run.accelerator):
+    for numbers in with_progress(batches, "batches of class pictures", run.accelerator):
         generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
         latents = draw_latents(transformer, drawing, generators, prompt_embeds, run)
         drawn |= zip(numbers, latents, strict=True)
@@ -3142,7 +3142,7 @@ def draw_jobs(
     None where it lacks a transformer, cannot draw, or any process is asked to stop.
     """
     drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
-    for first in progress(range(0, len(jobs), processes), "pictures drawn", run.accelerator):
+    for first in with_progress(range(0, len(jobs), processes), "pictures drawn", run.accelerator):
         if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
             break
         own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
