@@ -3542,8 +3542,9 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
             logger.warning(f"Passed over: {error}")
     if OutputFolder(args.output_dir).record["finished"]:
         raise UserError(
-            f"--resume_from_checkpoint latest: the run in {args.output_dir} is finished and left no checkpoint: "
-            "--checkpointing_steps keeps some; to start anew, take another --output_dir"
+            f"--resume_from_checkpoint latest: the run in {args.output_dir} is finished and left no checkpoint, as "
+            f"--checkpointing_steps would. To train its LoRA on, give --init_lora {args.output_dir} and another "
+            "--output_dir; to start anew, another --output_dir alone"
         )
     logger.warning(f"--resume_from_checkpoint latest: {args.output_dir} has no complete checkpoint; starting anew")
     return None
@@ -4356,10 +4357,7 @@ def is_finished(args: argparse.Namespace, max_train_steps: int) -> bool:
     record = OutputFolder(args.output_dir).record
     if not record["finished"] or record["steps"] < max_train_steps:
         return False
-    go_on = f"To train its LoRA on, give --init_lora {args.output_dir} and another --output_dir"
-    if list_checkpoints(args.output_dir):
-        go_on = "To go on from its last checkpoint, raise --max_train_steps"
-    logger.info(f"{args.output_dir} holds a finished run; its files are left alone. {go_on}")
+    logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
     return True
 
 

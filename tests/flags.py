@@ -112,6 +112,7 @@ TESTED = {
     "hub_model_id": (None, "publishing::a_repository_name_that_the_hub_forbids_is_named_at_once"),
     "hub_token": (None, "publishing::the_token_is_refused_beside_a_tracker_that_would_store_it"),
     "hub_private": (False, "publishing::hub_private_makes_a_private_repository"),
+    "plan_for": (None, "memory::a_plan_for_a_card_that_is_not_here_is_a_dry_run"),
     "dry_run": (False, "machines::a_dry_run_writes_nothing"),
 }
 # fmt: on

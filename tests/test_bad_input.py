@@ -524,13 +524,14 @@ COUNTS = [
     "num_train_epochs",
     "max_train_steps",
     "lr_num_cycles",
-    "num_validation_images",
     "validation_epochs",
+    "validation_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
 ]
-POSITIVE = ["lora_alpha", "learning_rate", "lr_power", "adam_epsilon", "max_grad_norm", "logit_std", "timestep_shift"]
-NON_NEGATIVE = ["prior_loss_weight", "adam_weight_decay", "guidance_scale"]
+POSITIVE = ["lora_alpha", "lr_power", "adam_epsilon", "max_grad_norm", "logit_std", "timestep_shift"]
+NON_NEGATIVE = ["learning_rate", "prior_loss_weight", "adam_weight_decay", "guidance_scale"]
+COUNTS_FROM_ZERO = ["num_validation_images", "lr_warmup_steps", "dataloader_num_workers"]
 SHARES = ["caption_dropout", "lora_dropout", "adam_beta1", "adam_beta2", "prodigy_beta3"]
 CHOICES = ["mixed_precision", "prior_generation_precision", "lr_scheduler", "optimizer", "weighting_scheme"]
 HUGE = "1" + "0" * 400
@@ -538,6 +539,7 @@ HUGE = "1" + "0" * 400
 # (flags over those of train_args, what the line must name)
 MALFORMED = [
     *[({name: value}, name) for name in COUNTS for value in ("0", "-1", "2.5")],
+    *[({name: value}, name) for name in COUNTS_FROM_ZERO for value in ("-1", "2.5")],
     *[({name: value}, name) for name in ("rank", "seed", "dataloader_num_workers") for value in ("many", "", HUGE)],
     *[({name: value}, name) for name in POSITIVE for value in ("0", "nan", "inf")],
     *[({name: value}, name) for name in NON_NEGATIVE for value in ("-1", "1e999")],
