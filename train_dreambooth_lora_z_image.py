@@ -79,48 +79,19 @@ import diffusers
 import psutil
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedType,
-    DynamoBackend,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-    recursively_apply,
-)
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
+from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.training_utils import (
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    free_memory,
-    generate_aspect_ratio_buckets,
-    offload_models,
-)
 from diffusers.utils import make_image_grid
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -158,9 +129,7 @@ CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded f
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OUT_OF_MEMORY = re.compile(
-    "out of memory|OutOfMemory|ALLOC_FAILED|MemoryError|can't allocate memory|not enough memory"
-)
+OUT_OF_MEMORY = re.compile("(out of|not enough|can't allocate) memory|OutOfMemory|ALLOC_FAILED|MemoryError")
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 T = TypeVar("T")
@@ -176,21 +145,8 @@ State = dict[str, Tensor]  # tensors by name, as in a file
 # scanner may hold a file there, which then cannot be renamed. Network mounts: fsync. All but Linux: prctl. All but
 # glibc: malloc_trim. Containers: a home folder, a name for the user. `>&-`, pythonw: standard output.
 WINDOWS, LINUX = sys.platform == "win32", sys.platform == "linux"
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
-]
-LAUNCHER_VARIABLES = (
-    "ACCELERATE_",
-    "FSDP_",
-    "LOCAL_",
-    "MASTER_",
-    "RANK",
-    "WORLD_SIZE",
-    "PMI_",
-    "MV2_",
-    "OMP",
-    "FORK_",
-)
+STOP_SIGNALS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")]
+LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE", "PMI_", "MV2_", "OMP", "FORK_")
 PROCESS_TIMEOUT = timedelta(hours=2)  # of processes that wait for one that draws
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
 RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
@@ -205,10 +161,10 @@ class TrainingError(RuntimeError):
 
 
 HUB_ERRORS = {  # whose own messages are several lines, of addresses
-    GatedRepoError: "it asks you to accept its terms, on its page of the Hub: do that, then hf auth login",
-    RepositoryNotFoundError: "the Hub has none of that name, or a private one: check it, or hf auth login",
-    RevisionNotFoundError: "the Hub has no such revision of it",
-    LocalEntryNotFoundError: "it is no folder, not in the Hub's cache, and the Hub is out of reach: hf download it",
+    hub_errors.GatedRepoError: "it asks you to accept its terms, on its page of the Hub: do that, then hf auth login",
+    hub_errors.RepositoryNotFoundError: "the Hub has none of that name, or a private one: check it, or hf auth login",
+    hub_errors.RevisionNotFoundError: "the Hub has no such revision of it",
+    hub_errors.LocalEntryNotFoundError: "no folder, not in the Hub's cache, and the Hub out of reach: hf download it",
 }
 
 
@@ -498,7 +454,7 @@ class OutputFolder:
 
 def release_memory() -> None:
     """Return the memory of deleted models to the device and to the system: the C library keeps some of it."""
-    free_memory()
+    training_utils.free_memory()
     if LINUX:
         with contextlib.suppress(AttributeError):  # of glibc alone
             ctypes.CDLL(None).malloc_trim(0)
@@ -792,7 +748,7 @@ def parse_buckets(text: str) -> list[Size]:
 @functools.cache
 def bucket_ladder(resolution: int) -> list[Size]:
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
-    return generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
+    return training_utils.generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
 
 
 def list_buckets(args: argparse.Namespace) -> list[Size] | None:
@@ -960,7 +916,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.push_to_hub or args.hub_model_id:
         try:
             validate_repo_id(hub_repository(args))
-        except HFValidationError:
+        except hub_errors.HFValidationError:
             parser.error(
                 f"--hub_model_id: {hub_repository(args)!r} (default: the name of --output_dir) is no name for a "
                 "repository: give OWNER/NAME of letters, digits, -, _ and ."
@@ -1588,14 +1544,14 @@ def follow_launcher() -> None:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
-    for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_VARIABLES)]:
+    for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_PREFIXES)]:
         del os.environ[name]  # accelerate would read a number from the empty text
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision == "fp8":
         raise UserError(
             "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
         )
-    if any(parse_flag_from_env(f"ACCELERATE_USE_{library}") for library in ("DEEPSPEED", "MEGATRON_LM")):
+    if any(map(accelerate.utils.parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"))):
         raise UserError(
             "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
         )
@@ -1607,7 +1563,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         device
         and device.type != "mps"
         and "LOCAL_RANK" in os.environ
-        and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     ):
         with user_errors("the processes cannot be joined"):
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -1871,7 +1827,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
     """
     pixels, masks = pixels.to(run.accelerator.device).split([3, pixels.shape[1] - 3], dim=1)
-    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+    with training_utils.offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
         latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.split(1)])
     assert latents.shape == (len(pixels), *run.pipeline.latent_shape(pixels.shape[2:]))
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -1894,7 +1850,7 @@ def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     """
     vae, pictures = load_vae(run), []
     processor = VaeImageProcessor(vae_scale_factor=run.pipeline.vae_scale_factor)
-    with offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
+    with training_utils.offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
         for one in latents:
             one = one.to(run.accelerator.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
             try:
@@ -1959,7 +1915,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
        "llm_int8_skip_modules": ["all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"]}  # fmt: skip
 
 
-def quantization_config(run: Run) -> BitsAndBytesConfig | None:
+def quantization_config(run: Run) -> diffusers.BitsAndBytesConfig | None:
     """diffusers' settings for bitsandbytes, NF4 or from the JSON file, or None. Raises UserError."""
     path = run.args.bnb_quantization_config_path
     if not path and run.args.base_model_precision != "nf4":
@@ -1967,7 +1923,7 @@ def quantization_config(run: Run) -> BitsAndBytesConfig | None:
     errors = (UserError, ValueError, TypeError, AttributeError, RuntimeError, ImportError)
     with user_errors(f"--bnb_quantization_config_path {path}" if path else "--base_model_precision nf4", *errors):
         settings = json.loads(read_text(Path(path))) if path else NF4.copy()
-        known = inspect.signature(BitsAndBytesConfig.__init__).parameters
+        known = inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters
         if unknown := settings.keys() - known:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
         if [settings.get("load_in_4bit", False), settings.get("load_in_8bit", False)].count(True) != 1:
@@ -1976,7 +1932,7 @@ def quantization_config(run: Run) -> BitsAndBytesConfig | None:
             raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
         if settings.get("load_in_4bit"):
             settings["bnb_4bit_compute_dtype"] = run.weight_dtype
-        config = BitsAndBytesConfig(**settings)
+        config = diffusers.BitsAndBytesConfig(**settings)
         if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
             raise ValueError(
                 "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
@@ -2545,7 +2501,7 @@ class MicroBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The micro-batch with each of its tensors changed."""
-        return MicroBatch(**recursively_apply(change, vars(self)))
+        return MicroBatch(**accelerate.utils.recursively_apply(change, vars(self)))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The micro-batch on the device; CUDA need not wait for it, if it is in pinned memory."""
@@ -2563,7 +2519,7 @@ def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | N
 
 def sample_sigma(sigmas: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
     """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
-    u = compute_density_for_timestep_sampling(
+    u = training_utils.compute_density_for_timestep_sampling(
         args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
     )
     return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
@@ -2607,7 +2563,7 @@ def flow_matching_loss(
 
     Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
     """
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
+    weighting = training_utils.compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
     losses = weighting * (mask * (velocity - (noise - latents)).square()).flatten(1).mean(1)
     assert losses.shape == (len(latents),) and losses.dtype == torch.float32
     return losses
@@ -3405,7 +3361,7 @@ class TrainingState:
             "step": self.step,
             "held_out": self.held_out,
             "average": self.average,
-            "optimizer": recursively_apply(Tensor.cpu, self.optimizer.state_dict()),
+            "optimizer": accelerate.utils.recursively_apply(Tensor.cpu, self.optimizer.state_dict()),
             "scaler": self.scaler and self.scaler.state_dict(),
         }
         content = io.BytesIO()  # torch would not say that a disk is full
