@@ -1741,12 +1741,11 @@ def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, l
     return len(tokens)
 
 
-def warn_of_cut_prompts(examples: Examples, run: Run) -> None:
-    """For `--dry_run`: the warnings that encoding would give, from the tokenizer alone."""
-    tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
-    longest = run.pipeline.longest_prompt(run.args.max_sequence_length)
-    for prompt in sorted({example.caption for kind in examples for example in examples[kind]}):
-        count_tokens(tokenizer, prompt, longest)
+def all_prompts(examples: Examples, args: argparse.Namespace) -> list[str]:
+    """Every text that the run encodes: captions, the empty prompt, and what is drawn."""
+    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
+    texts = {"", args.class_prompt or "", *(example.caption for kind in examples for example in examples[kind])}
+    return sorted(texts | {text for drawing in drawings for text in (drawing.prompt, drawing.negative_prompt)})
 
 
 def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored: Collection[Tensor] = ()) -> None:
@@ -3703,11 +3702,7 @@ def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shap
     tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
     longest = run.pipeline.longest_prompt(args.max_sequence_length)
     drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
-    captions = {example.caption for kind in examples for example in examples[kind]}
-    prompts = (
-        captions | {"", args.class_prompt or ""} | {text for d in drawings for text in (d.prompt, d.negative_prompt)}
-    )
-    lengths = {text: min(count_tokens(tokenizer, text, longest), longest) for text in sorted(prompts)}
+    lengths = {text: min(count_tokens(tokenizer, text, longest), longest) for text in all_prompts(examples, args)}
     class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
     if missing_class_images and not examples["class"]:
         one = dataclasses.replace(
@@ -4639,7 +4634,6 @@ def main(args: argparse.Namespace) -> None:
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
     if args.dry_run:
-        warn_of_cut_prompts(examples, run)
         if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
             logger.info(next_command(sys.argv))
         return
@@ -4649,11 +4643,8 @@ def main(args: argparse.Namespace) -> None:
     start_trackers(checkpoint, run)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
-    prompts = {example.caption for kind in examples for example in examples[kind]} | {"", args.class_prompt or ""}
-    for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]:
-        prompts |= {drawing.prompt, drawing.negative_prompt}
     with watched("text encoder"):
-        prompt_embeds = encode_prompts(sorted(prompts), run)
+        prompt_embeds = encode_prompts(all_prompts(examples, args), run)
     if missing:
         with watched("class pictures"):
             generate_class_images(missing, prompt_embeds, run)
