@@ -354,20 +354,19 @@ def rename(source: Path, target: Path) -> None:
             time.sleep(pause)
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Give a finished file its name, and the permissions that the umask says: safetensors makes it private."""
-    umask = os.umask(0)
-    os.umask(umask)
-    with contextlib.suppress(OSError):  # some mounts have no permissions
-        os.chmod(part, 0o666 & ~umask)
-    rename(part, path)
-
-
-def save_picture(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write a PNG or JPEG, whole or not at all."""
-    part = path.with_suffix(".part")
-    image.save(part, format="PNG" if path.suffix == ".png" else "JPEG", **options)
-    put_in_place(part, path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields another name for the body to write a file under, which then takes its place whole, or not at all."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        with contextlib.suppress(OSError):  # some mounts have no permissions
+            os.chmod(part, 0o666 & ~umask)  # safetensors makes its files private
+        rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class StopSignal:
@@ -419,10 +418,9 @@ class OutputFolder:
         """Write `run.json`, whole or not at all, with these facts changed."""
         self.record |= facts
         self.path.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_name(f".{RUN_FILE}.part")
-        write_json(part, self.record)
-        flush_to_disk(part)
-        put_in_place(part, self.file)
+        with replacing(self.file) as part:
+            write_json(part, self.record)
+            flush_to_disk(part)
 
     def owns(self, name: str) -> bool:
         """Whether that name is free, or its file as this program left it."""
@@ -436,13 +434,17 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """List a file that the body writes; yields its path. Raises FileExistsError where it is the user's."""
+        """List a file that the body writes, under the name that this yields, to replace the one that there is.
+
+        Raises FileExistsError where that is the user's.
+        """
         path = self.path / name
         if not self.owns(name):
             raise FileExistsError(f"{path} is not, or no longer, as this program made it: move it away")
         self.update(files=self.record["files"] | {name: None})
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
+        with replacing(path) as part:
+            yield part
         self.update(files=self.record["files"] | {name: file_digest(path)})
 
     def remove(self, name: str) -> None:
@@ -1704,11 +1706,10 @@ class EncodingCache:
         """Write under another name and rename, so that runs that use one folder never see half a file."""
         if self.folder is not None:
             path = self.file(key)
-            part = path.with_suffix(f".{os.getpid()}")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({"encoding": tensor.contiguous()}, part)
-                put_in_place(part, path)
+                with replacing(path) as part:
+                    save_file({"encoding": tensor.contiguous()}, part)
             except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
                 logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
 
@@ -2382,19 +2383,18 @@ def lora_metadata(transformer: ZImageTransformer2DModel) -> dict[str, Any]:
     }
 
 
-def save_lora(transformer: ZImageTransformer2DModel, folder: Path, dtype: torch.dtype) -> State:
-    """Write `pytorch_lora_weights.safetensors` as `ZImagePipeline.load_lora_weights` reads it, whole or not at all.
+def save_lora(transformer: ZImageTransformer2DModel, file: Path, dtype: torch.dtype) -> State:
+    """Write the LoRA as `ZImagePipeline.load_lora_weights` reads it.
 
     Returns its tensors, under the names of the model's modules.
     """
     state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
     ZImagePipeline.save_lora_weights(
-        folder,
+        file.parent,
         transformer_lora_layers=state,
-        weight_name=f".{LORA_FILE}",
+        weight_name=file.name,
         transformer_lora_adapter_metadata=lora_metadata(transformer),
     )
-    put_in_place(Path(folder, f".{LORA_FILE}"), Path(folder, LORA_FILE))
     return state
 
 
@@ -2456,11 +2456,10 @@ def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Ru
     }
     if args.push_to_hub and args.instance_prompt:
         metadata["modelspec.trigger_phrase"] = args.instance_prompt
-    with OutputFolder(args.output_dir).writing(comfyui_file(args.output_dir, suffix)) as file:
-        part = file.with_name(".part")
+    name = comfyui_file(args.output_dir, suffix)
+    with OutputFolder(args.output_dir).writing(name) as part:
         save_file(comfyui_state(state, run.lora.alpha), part, metadata=metadata)
-        put_in_place(part, file)
-    return file
+    return Path(args.output_dir, name)
 
 
 def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
@@ -2470,12 +2469,12 @@ def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
     """
     output, scale = OutputFolder(run.args.output_dir), run.lora.alpha / run.lora.rank
     try:
-        with output.writing(LORA_FILE) as file:
-            state = save_lora(transformer, output.path, run.saving_dtype)
+        with output.writing(LORA_FILE) as part:
+            state = save_lora(transformer, part, run.saving_dtype)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{output.path}: the LoRA could not be saved ({first_line(error)})") from None
-    check_file(file, state, scale, scale_as_read=scale)
-    logger.info(f"The LoRA is in {file}")
+    check_file(output.path / LORA_FILE, state, scale, scale_as_read=scale)
+    logger.info(f"The LoRA is in {output.path / LORA_FILE}")
     with optional("The file for ComfyUI"):
         file = save_for_comfyui(transformer, "", run)
         check_file(file, state, scale, scale_as_read=1.0)  # an alpha inside is folded into A and B
@@ -2918,7 +2917,8 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
             with set_aside(transformer, run):
                 images = decode_latents(list(drawn.values()), run)
             for number, image in zip(drawn, images, strict=True):
-                save_picture(image, class_image_path(folder, number))
+                with replacing(class_image_path(folder, number)) as part:
+                    image.save(part)
             drawn.clear()
     del transformer
     release_memory()
@@ -2995,11 +2995,11 @@ def save_validation_images(
         about = {"prompt": drawing.prompt, "settings": settings, "seed": seed, "held_out_loss": held_out}
         text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
         small.thumbnail((256, 256))
-        with output.writing(f"samples/thumbnails/{name}.jpg") as file:
-            save_picture(small, file, quality=90)
-        with output.writing(f"samples/{name}.png") as file:
-            save_picture(image, file, pnginfo=text)
-        files.append(file)
+        with output.writing(f"samples/thumbnails/{name}.jpg") as part:
+            small.save(part, quality=90)
+        with output.writing(f"samples/{name}.png") as part:
+            image.save(part, pnginfo=text)
+        files.append(output.path / f"samples/{name}.png")
     for prompt, drawing in enumerate(prompts):
         pictures = [picture_tensor(images[prompt, number]) for number in range(args.num_validation_images)]
         for tracker in run.accelerator.trackers:
@@ -3035,7 +3035,7 @@ $rows
 def read_samples(folder: Path, last_step: int) -> list[dict[str, Any]]:
     """What the pictures of all validations up to `last_step` say of themselves, in order."""
     samples = []
-    for file in folder.glob("*-prompt-*.png"):
+    for file in folder.glob("[!.]*-prompt-*.png"):
         order = tuple(map(int, re.findall(r"\d+", file.name)))  # step, prompt, picture
         with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
             about = json.loads(image.info["validation"])
@@ -3052,8 +3052,8 @@ def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> N
         blank = Image.new("RGB", (256, 256), "white")
         image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
         grid.append(ImageOps.pad(image, blank.size, color="white"))
-    with output.writing("samples/contact-sheet.png") as file:
-        save_picture(make_image_grid(grid, len(steps), len(columns)), file)
+    with output.writing("samples/contact-sheet.png") as part:
+        make_image_grid(grid, len(steps), len(columns)).save(part)
 
 
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
@@ -3076,10 +3076,8 @@ def write_gallery(output: OutputFolder, last_step: int, status: str, running: bo
         heads="".join(f'<th><p dir="auto">{escape(a)}</p><small>{escape(b)}</small></th>' for a, b in columns),
         rows="\n".join(rows),
     )
-    with output.writing("samples/index.html") as file:
-        part = file.with_suffix(".part")
+    with output.writing("samples/index.html") as part:
         part.write_text(page, encoding="utf-8")
-        put_in_place(part, file)
     if tracked := [sample for sample in samples if sample["name"].startswith("step")]:  # by --validation_prompt
         save_contact_sheet(tracked, output)
 
@@ -3209,8 +3207,8 @@ class Validation:
             self.history.append([losses[""], step])
             if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
                 output = OutputFolder(self.run.args.output_dir)
-                with optional("best/"), output.writing(f"best/{LORA_FILE}") as file:
-                    save_lora(self.transformer, file.parent, self.run.saving_dtype)
+                with optional("best/"), output.writing(f"best/{LORA_FILE}") as part:
+                    save_lora(self.transformer, part, self.run.saving_dtype)
                 with optional("The file for ComfyUI"):
                     save_for_comfyui(self.transformer, "-best", self.run)
         prompts, files = validation_prompts(self.run.args, final), []
@@ -3355,7 +3353,8 @@ class TrainingState:
 
     def save(self, folder: Path) -> None:
         """Write the LoRA in float32 and `training_state.pt`: tensors and plain values, by names of torch's own."""
-        save_lora(self.transformer, folder, torch.float32)
+        with replacing(folder / LORA_FILE) as part:
+            save_lora(self.transformer, part, torch.float32)
         state = {
             "step": self.step,
             "held_out": self.held_out,
@@ -4281,8 +4280,8 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
                 str(folder).encode()  # JSON and the card could not name another
                 for path in map(probe.joinpath, names):
                     path.parent.mkdir(parents=True)
-                    save_file({"probe": torch.zeros(2**14)}, path.with_name(".part"))
-                    put_in_place(path.with_name(".part"), path)
+                    with replacing(path) as part:
+                        save_file({"probe": torch.zeros(2**14)}, part)
                     load_file(path)
         finally:
             shutil.rmtree(probe, ignore_errors=True)

@@ -105,7 +105,7 @@ def break_something(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "broken", ["comfyui_state", "write_model_card", "draw_latents", "save_picture", "decode_latents"]
+    "broken", ["comfyui_state", "write_model_card", "draw_latents", "save_validation_images", "decode_latents"]
 )
 def test_what_comes_after_the_lora_may_break(broken, train, tmp_path, monkeypatch):
     save_result = trainer.save_result
@@ -240,18 +240,16 @@ def test_a_file_of_the_user_whose_name_the_run_needs_ends_it_before_anything_is_
 
 
 def test_a_file_is_listed_before_it_is_written_and_with_its_digest_after(tmp_path):
-    output = trainer.OutputFolder(tmp_path)
-    with output.writing("samples/a.png") as path:
+    output, path = trainer.OutputFolder(tmp_path), tmp_path / "samples" / "a.png"
+    with output.writing("samples/a.png") as part:
         assert trainer.OutputFolder(tmp_path).record["files"] == {"samples/a.png": None}
-        path.write_text("half a pict")
-        assert output.owns("samples/a.png")  # as after a kill in the middle
-    with output.writing("samples/a.png") as path:
-        path.write_text("picture")
+        part.write_text("picture")
+        assert not path.exists()  # and no half of it after a kill in the middle
     assert output.record["files"] == {"samples/a.png": trainer.file_digest(path)}
     path.write_text("mine")
     assert not output.owns("samples/a.png") and output.own_files == []
-    with pytest.raises(FileExistsError), output.writing("samples/a.png"):
-        path.write_text("the program's")
+    with pytest.raises(FileExistsError), output.writing("samples/a.png") as part:
+        part.write_text("the program's")
     assert path.read_text() == "mine"
 
 

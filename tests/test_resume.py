@@ -1003,7 +1003,7 @@ def lose_the_disk_for_pictures(trainer):
     def save(image, path, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    trainer.save_picture = save
+    trainer.Image.Image.save = save
 
 
 def test_pictures_that_cannot_be_written_do_not_end_the_run(tiny_model, photos, shared_run, tmp_path, fork):
