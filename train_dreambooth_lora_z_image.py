@@ -55,6 +55,7 @@ import signal
 import statistics
 import struct
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -90,8 +91,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _check_att
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.utils import make_image_grid
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -3330,7 +3331,7 @@ class TrainingState:
     parameters: list[torch.nn.Parameter]  # of its LoRA, float32
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
-    scaler: torch.amp.GradScaler | None  # accelerate's, of fp16 alone
+    scaler: torch.amp.GradScaler  # accelerate's of fp16, else one that does nothing
     step: int = 0  # updates that are done
     held_out: list[list] = dataclasses.field(default_factory=list)  # [[held-out loss, step], ...]
     ema_decay: float | None = None
@@ -3360,7 +3361,7 @@ class TrainingState:
             "held_out": self.held_out,
             "average": self.average,
             "optimizer": accelerate.utils.recursively_apply(Tensor.cpu, self.optimizer.state_dict()),
-            "scaler": self.scaler and self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         content = io.BytesIO()  # torch would not say that a disk is full
         torch.save(state, content)
@@ -3376,7 +3377,7 @@ class TrainingState:
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             rates = [group["initial_lr"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(saved["optimizer"])
-            if self.scaler and saved["scaler"]:
+            if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
             self.step = self.lr_scheduler.last_epoch = saved["step"]
             self.held_out[:] = saved["held_out"]
@@ -4018,7 +4019,7 @@ def loggable(run: Run) -> dict[str, int | float | str]:
 
 
 def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
-    """Start the trackers of `--report_to`, or go on with those of the checkpoint's run, so that no step stands twice.
+    """Start the trackers of `--report_to`, or go on with the checkpoint's, so that no step stands twice in them.
 
     None of them sees the token. Raises UserError.
     """
@@ -4027,11 +4028,11 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
         sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
         if "swanlab" in map(str, accelerator.log_with):
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
+    settings: dict[str, Any] = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
+    if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
+        settings["tensorboard"] = {"purge_step": checkpoint.step + 1}
+        settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
     with user_errors(f"--report_to {args.report_to} cannot start"):
-        settings: dict[str, Any] = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-        if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
-            settings["tensorboard"] = {"purge_step": checkpoint.step + 1}
-            settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=settings)
 
 
@@ -4053,16 +4054,13 @@ def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
     )
     lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
     lines.append("  captions: " + ", ".join(f"{n} from {os.path.basename(origin)}" for origin, n in origins.items()))
-    if any(example.mask for example in examples):
-        lines.append(
-            f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel, if any"
-        )
+    if any(e.mask for e in examples):
+        lines.append(f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel")
     if folder:
-        read = {Path(folder), *(place for place, _ in places)}
-        used = {path for e in examples for path in (e.source, e.origin, e.mask)} | read
-        used |= {path for place in read for path in place.parents}
-        paths = [path for place in sorted(read) for path in list_folder(place) if path not in used]
-        left_out = [str(path.relative_to(folder)) for path in paths]
+        files = {path for e in examples for path in (e.source, e.origin, e.mask) if isinstance(path, Path)}
+        used = files.union(*(file.parents for file in files))
+        listings = [list_folder(place) for place in sorted({Path(folder), *(place for place, _ in places)})]
+        left_out = [str(path.relative_to(folder)) for paths in listings for path in paths if path not in used]
         lines += [f"  left out: {listed(left_out, 20)}"] if left_out else []
     return lines
 
@@ -4071,42 +4069,35 @@ def describe_pictures(examples: Examples, args: argparse.Namespace) -> list[str]
     """The pictures by size, and how much they are scaled and cut, as lines."""
     lines = []
     for kind, kind_examples in examples.items():
-        pictures = list({example.name: example for example in kind_examples}.values())
+        pictures = list({e.name: e for e in kind_examples}.values())
         lines.append(f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet"))
         lines += describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind])) if pictures else []
-        by_bucket = {}
-        for example in kind_examples:
-            by_bucket.setdefault(example.bucket, []).append(example.size)
-        for bucket, sizes in sorted(by_bucket.items()):
-            scales = [max(bucket[0] / h, bucket[1] / w) for h, w in sizes]
-            cut = statistics.fmean(
-                1 - math.prod(bucket) / (h * w * s * s) for (h, w), s in zip(sizes, scales, strict=True)
-            )
+        ratios = collections.defaultdict(list)
+        for e in kind_examples:
+            ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
+        for (height, width), pairs in sorted(ratios.items()):
+            scales = [larger for _, larger in pairs]  # the picture covers its bucket
+            cut = statistics.fmean(1 - smaller / larger for smaller, larger in pairs)
             lines.append(
-                f"  {len(sizes)} at height {bucket[0]}, width {bucket[1]}: scaled to {min(scales):.0%}"
-                + (f" to {max(scales):.0%}" if len(sizes) > 1 else "")
-                + f", {cut:.0%} cut off on average"
+                f"  {len(pairs)} at height {height}, width {width}: scaled to {min(scales):.0%} to {max(scales):.0%}, "
+                f"{cut:.0%} cut off on average"
             )
-        enlarged = [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]
-        if enlarged:
+        if enlarged := [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]:
             lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
-        pairs = find_duplicates([example for example in pictures if isinstance(example.source, Path)])
+        pairs = find_duplicates([e for e in pictures if isinstance(e.source, Path)])
         lines += [f"  the same picture twice: {one.name} and {other.name}" for one, other in pairs]
     return lines
 
 
 def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> list[str]:
-    """What the run will do, as lines: pictures, steps, LoRA, memory."""
+    """What the run will do, as lines: pictures, steps, LoRA."""
     args, lines = run.args, describe_pictures(examples, run.args)
     if missing_class_images:
         lines.append(f"{missing_class_images} class pictures are missing and will be generated")
-    for side in args.resolution:
+    drawn = [side for drawing in validation_prompts(args) for side in (drawing.width, drawing.height)]
+    for side in sorted({*args.resolution, *drawn}):
         if round_size(side) != side:
-            lines.append(f"--resolution {side} is rounded to {round_size(side)}, a multiple of 16")
-    for drawing in validation_prompts(args):
-        if {drawing.width, drawing.height} - {*drawing.size, args.resolution[-1]}:
-            rounded = f"{drawing.size[1]} x {drawing.size[0]}"
-            lines.append(f"{drawing!r}: {drawing.width} x {drawing.height} is rounded to {rounded}, multiples of 16")
+            lines.append(f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}")
     lines.append(
         f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
         f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
@@ -4114,13 +4105,9 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
     for name, paths in run.lora.targets.items():
         blocks = Counter(path.split(".")[0] for path in paths)
         where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
-        lines.append(
-            f"LoRA on {name}: {len(paths)} modules ({where}), {run.lora.rank * sum(paths.values()):,} parameters"
-        )
+        lines.append(f"LoRA on {name}: {where}, {run.lora.rank * sum(paths.values()):,} parameters")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
-        lines.append(
-            f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before --learning_rate is reached; give less"
-        )
+        lines.append(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before its rate is reached; give less")
     return lines
 
 
@@ -4128,8 +4115,7 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
 # fmt: off
 MATHEMATICS = [
     "ema_decay", "repeats", "masked_loss", "unmasked_weight", "center_crop", "random_flip", "max_sequence_length",
-    "caption_dropout", "cache_latents",
-    "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
+    "caption_dropout", "cache_latents", "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
     "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "optimizer", "use_8bit_adam", "adam_beta1",
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
@@ -4140,35 +4126,32 @@ MATHEMATICS = [
 
 def make_fingerprint(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> dict[str, Any]:
     """What decides the mathematics of a run, by name: flags, and digests of the data, the LoRA and the model."""
-    instances, quantized_by = examples["instance"], run.args.bnb_quantization_config_path
-    data = [
+    args, instances, quantized_by = run.args, examples["instance"], run.args.bnb_quantization_config_path
+    masks = [e.mask for kind in examples for e in examples[kind] if isinstance(e.mask, Path)]
+    pictures = [
         (Path(e.name).name, e.size, e.repeats, e.source.stat().st_size if isinstance(e.source, Path) else None)
         for e in instances
     ]
-    return (
-        {name: getattr(run.args, name) for name in MATHEMATICS}
-        | {
-            "seed": run.seed,
-            "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
-            "learning_rate": plan.learning_rate,
-            "max_train_steps": plan.max_train_steps,
-            "samples in all": plan.samples,
-            "mixed_precision": run.accelerator.mixed_precision,
-            "total batch size": plan.total_batch_size,
-            "pictures": digest_of(data),
-            "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
-            "masks": digest_of(
-                [file_digest(e.mask) for es in examples.values() for e in es if isinstance(e.mask, Path)]
-            ),
-            "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
-            "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
-            "lora_layers": digest_of(run.lora.modules),
-            "rank": run.lora.rank,
-            "lora_alpha": run.lora.alpha,
-            "init_lora": run.lora.initial_digest,
-        }
-        | {component: digest for component, digest in run.pipeline.identity.items() if digest}
-    )
+    fingerprint = {name: getattr(args, name) for name in MATHEMATICS}
+    fingerprint |= {component: digest for component, digest in run.pipeline.identity.items() if digest}
+    return fingerprint | {
+        "seed": run.seed,
+        "bnb_quantization_config_path": quantized_by and json.loads(read_text(Path(quantized_by))),
+        "learning_rate": plan.learning_rate,
+        "max_train_steps": plan.max_train_steps,
+        "samples in all": plan.samples,
+        "mixed_precision": run.accelerator.mixed_precision,
+        "total batch size": plan.total_batch_size,
+        "pictures": digest_of(pictures),
+        "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
+        "masks": digest_of([file_digest(mask) for mask in masks]),
+        "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
+        "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
+        "lora_layers": digest_of(run.lora.modules),
+        "rank": run.lora.rank,
+        "lora_alpha": run.lora.alpha,
+        "init_lora": run.lora.initial_digest,
+    }
 
 
 # Flags that a resumed run may change, with a warning; any other change of the mathematics stops it.
@@ -4180,18 +4163,14 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
     """Say what differs from the run that is resumed. Raises UserError where the results would not be of one run."""
     saved = checkpoint.fingerprint
     changes = {
-        name: f"{name} was {saved.get(name)}, is {current[name]}"
-        for name in current
-        if saved.get(name) != current[name]
+        name: f"{name} was {saved.get(name)}, is {now}" for name, now in current.items() if saved.get(name) != now
     }
-    harmless = [text for name, text in changes.items() if name in MAY_CHANGE]
-    serious = [text for name, text in changes.items() if name not in MAY_CHANGE]
-    if serious:
+    if serious := [text for name, text in changes.items() if name not in MAY_CHANGE]:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint.path} belongs to a run with other settings: {'; '.join(serious)}. "
-            "Give the settings of that run, or start anew in another --output_dir"
+            f"--resume_from_checkpoint {checkpoint.path} is of a run with other settings: {'; '.join(serious)}. Give "
+            "the settings of that run, or start anew in another --output_dir"
         )
-    for text in harmless:
+    for text in changes.values():
         logger.warning(f"Resuming with a change: {text}")
     passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
     if passed_over > 0 and "samples in all" in changes:
@@ -4200,15 +4179,11 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
 
 def next_command(argv: list[str]) -> str:
     """What to type after `--dry_run`, as a line: the same without that flag, its `--plan_for`, and the token."""
-    words, hidden = [], False
-    for word in argv[1:]:
-        flag, _, value = word.partition("=")
-        begins = [
-            name for name in ("--hub_token", "--plan_for", "--dry_run") if name.startswith(flag) and len(flag) > 2
-        ]
-        if not (hidden or begins):  # argparse takes beginnings too
-            words.append(word)
-        hidden = begins and begins != ["--dry_run"] and not value
+    left_out = argparse.ArgumentParser(add_help=False)  # which takes beginnings of flags too
+    left_out.add_argument("--dry_run", action="store_true")
+    left_out.add_argument("--plan_for")
+    left_out.add_argument("--hub_token")
+    words = left_out.parse_known_args(argv[1:])[1]
     return f"To train, with the launcher's flags that you gave: accelerate launch {shlex.join([argv[0], *words])}"
 
 
@@ -4223,22 +4198,19 @@ def set_aside_earlier_run(args: argparse.Namespace) -> None:
     left = [*output.own_files, *(path.name for path in own_checkpoints(output.path))]
     if not left:
         return
-    logs = Path(args.logging_dir)
-    if logs.parts and not {"..", logs.anchor} & {*logs.parts}:  # elsewhere, it can hold the logs of other runs too
-        files = [path for path in (output.path / logs).rglob("*") if not path.is_dir()]
-        if files and all(path.name.startswith("events.out.tfevents.") or path.name == "hparams.yml" for path in files):
-            left.append(args.logging_dir)
-    number = next(n for n in range(1, sys.maxsize) if not (output.path / f"earlier-run-{n}").exists())
-    folder = output.path / f"earlier-run-{number}"
+    logs = Path(output.path, args.logging_dir).resolve()
+    if output.path.resolve() in logs.parents:  # elsewhere, it can hold the logs of other runs too
+        files = [path.name for path in logs.rglob("*") if not path.is_dir()]
+        if files and all(name.startswith("events.out.tfevents.") or name == "hparams.yml" for name in files):
+            left.append(logs.relative_to(output.path.resolve()))
+    folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
     for name in [*left, RUN_FILE]:
         if (output.path / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             rename(output.path / name, folder / name)
             with contextlib.suppress(OSError):
                 os.removedirs((output.path / name).parent)  # where that was the last file of it
-    logger.warning(
-        f"{output.path} held an earlier run: moved to {folder}. To continue it, --resume_from_checkpoint latest"
-    )
+    logger.warning(f"{output.path} held an earlier run: moved to {folder}. To continue one: --resume_from_checkpoint")
 
 
 def check_folders(examples: Examples, args: argparse.Namespace) -> None:
@@ -4250,11 +4222,10 @@ def check_folders(examples: Examples, args: argparse.Namespace) -> None:
             written = os.path.realpath(getattr(args, flag) or os.devnull)
             if flag != PICTURE_FLAGS[kind] and written in map(os.path.realpath, read):
                 raise UserError(f"--{flag} {written} holds {kind} pictures, and is written to: choose another folder")
-    pairs = find_duplicates([e for es in examples.values() for e in es]) if "held-out" in examples else []
-    trained = listed(e.name for other, e in pairs if e.kind == "held-out" != other.kind)
-    if trained and args.save_best:
-        raise UserError(f"--save_best: these of --validation_data_dir are trained on, remove them: {trained}")
-    if trained:
+    pairs = find_duplicates([e for kind in examples for e in examples[kind]]) if "held-out" in examples else []
+    if trained := listed(e.name for other, e in pairs if e.kind == "held-out" != other.kind):
+        if args.save_best:
+            raise UserError(f"--save_best: these of --validation_data_dir are trained on, remove them: {trained}")
         logger.warning(f"--validation_data_dir: these are trained on, so that their loss means little: {trained}")
 
 
@@ -4263,52 +4234,38 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
 
     What is tried is all that can fail hours later: the longest names, renaming, reading by mmap. Raises UserError.
     """
-    lora_files = [f".checkpoint-{2**31}.part/{LORA_FILE}", comfyui_file(args.output_dir)]
-    folders = {"output_dir": (args.output_dir, lora_files)}
-    if args.encoding_cache_dir:
-        folders["encoding_cache_dir"] = (args.encoding_cache_dir, [f"{digest_of('')}.safetensors"])
-    if args.report_to != "none":
-        folders["logging_dir"] = (Path(args.output_dir, args.logging_dir), ["events"])
-    if draws_class_images:
-        folders["class_data_dir"] = (args.class_data_dir, ["class"])
-    for flag, (folder, names) in folders.items():
-        probe = Path(folder, f".probe-{os.getpid()}")
-        try:
+    longest_names = {
+        "output_dir": (args.output_dir, f".checkpoint-{2**31}.part/{comfyui_file(args.output_dir)}"),
+        "encoding_cache_dir": (args.encoding_cache_dir, f"{digest_of('')}.safetensors"),
+        "logging_dir": (args.report_to != "none" and Path(args.output_dir, args.logging_dir), "events"),
+        "class_data_dir": (draws_class_images and args.class_data_dir, "class"),
+    }
+    for flag, (folder, name) in longest_names.items():
+        if folder:
             with user_errors(
                 f"--{flag} {str(folder)[:500]!r} cannot be written", OSError, SafetensorError, ValueError
             ):
                 str(folder).encode()  # JSON and the card could not name another
-                for path in map(probe.joinpath, names):
-                    path.parent.mkdir(parents=True)
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder, ignore_cleanup_errors=True) as probe:
+                    path = Path(probe, name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     with replacing(path) as part:
                         save_file({"probe": torch.zeros(2**14)}, part)
                     load_file(path)
-        finally:
-            shutil.rmtree(probe, ignore_errors=True)
     output = OutputFolder(args.output_dir)
-    if checkpoint and checkpoint.path.resolve().parent == output.path.resolve() and not output.file.exists():
-        output.update(files={LORA_FILE: None})  # the list was removed; the checkpoint says whose folder it is
     if not output.owns(LORA_FILE):
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
     for path in output.path.glob(".checkpoint-*.removed"):  # or while it removed one
         remove_checkpoint(path)
-    if not checkpoint:
-        set_aside_earlier_run(args)
-    elif output.record["finished"]:
+    if checkpoint:
         output.update(finished=False)
+    else:
+        set_aside_earlier_run(args)
     for path in {*list_checkpoints(output.path)} - {*own_checkpoints(output.path)}:
         logger.warning(f"{path} is no checkpoint of this program: it stays, and none is saved under its name")
-
-
-def is_finished(args: argparse.Namespace, max_train_steps: int) -> bool:
-    """Whether `--output_dir` holds a run that has come to its end; says so."""
-    record = OutputFolder(args.output_dir).record
-    if not record["finished"] or record["steps"] < max_train_steps:
-        return False
-    logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4321,27 +4278,43 @@ def inline_code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def card_text(trigger: str, has_pictures: bool, run: Run) -> str:
-    """What the model card says below its header."""
-    args, prompts = run.args, validation_prompts(run.args, final=True)
-    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
-    cells = {
-        name: inline_code(json.dumps(value, ensure_ascii=False))
-        for name, value in loggable(run).items()
-        if value != "None" and value is not False
-    }
-    quantized = {"fp8": "float8", "int8": "int8", "nf4": "NF4"}.get(
-        args.base_model_precision, args.bnb_quantization_config_path and "bitsandbytes' low precision"
+def write_model_card(repository: str, files: list[Path], run: Run) -> str:
+    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
+
+    Returns its name, which is `model_card.md` where README.md is the user's.
+    """
+    args, output, prompts = run.args, OutputFolder(run.args.output_dir), validation_prompts(run.args, final=True)
+    base, trigger = args.pretrained_model_name_or_path, args.instance_prompt or (args.caption_prefix or "").strip(" ,")
+    on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
+    gallery = [
+        {"text": prompts[n // args.num_validation_images].prompt, "output": {"url": f"samples/{file.name}"}}
+        for n, file in enumerate(files)
+    ]
+    data = ModelCardData(
+        library_name="diffusers",
+        license="apache-2.0",
+        base_model=on_hub or None,
+        instance_prompt=trigger or None,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
+        widget=gallery or None,
     )
+    held_in = args.base_model_precision or args.bnb_quantization_config_path and "bitsandbytes' low precision"
     settings = ", ".join(f"{name}={value}" for name, value in drawing_settings(args, own=True).items())
-    held = f", the base held in {quantized}" if quantized else ""
-    link = f"[{base}](https://huggingface.co/{base})" if on_hub else inline_code(base)
-    rows = [f"| `--{name}` | " + cell.replace("|", r"\|") + " |" for name, cell in sorted(cells.items())]
-    return f"""# {hub_repository(args)}
+    rows = [
+        f"| `--{name}` | " + inline_code(json.dumps(value, ensure_ascii=False)).replace("|", r"\|") + " |"
+        for name, value in sorted(loggable(run).items())
+        if value != "None" and value is not False
+    ]
+    text = f"""---
+{data.to_yaml()}
+---
 
-{"<Gallery />" if has_pictures else ""}
+# {repository}
 
-A LoRA for {link}, trained with DreamBooth{held}.
+{"<Gallery />" if files else ""}
+
+A LoRA for {f"[{base}](https://huggingface.co/{base})" if base in on_hub else inline_code(base)}, trained with \
+DreamBooth{f", the base held in {held_in}" if held_in else ""}.
 {f"Trigger words: {inline_code(trigger)}" if trigger else "Trained on captions, without trigger words."}
 
 ```python
@@ -4349,7 +4322,7 @@ import torch
 from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights({hub_repository(args)!r})
+pipe.load_lora_weights({repository!r})
 image = pipe({prompts[0] if prompts else trigger or "a photo"!r}, {settings}).images[0]
 ```
 
@@ -4359,73 +4332,51 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
 |---|---|
 {chr(10).join(rows)}
 """
-
-
-def write_model_card(run: Run, files: list[Path]) -> str:
-    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
-
-    Returns its name, which is `model_card.md` where README.md is the user's.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    args, prompts = run.args, validation_prompts(run.args, final=True)
-    base, on_hub = args.pretrained_model_name_or_path, not Path(args.pretrained_model_name_or_path).is_dir()
-    pictures = [path.relative_to(args.output_dir).as_posix() for path in files]  # prompt by prompt
-    trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
-    bases = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
-    data = ModelCardData(
-        library_name="diffusers",
-        license="apache-2.0",
-        base_model=bases if len(bases) > 1 else base if on_hub else None,  # the Hub refuses a folder
-        instance_prompt=trigger or None,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
-        widget=[
-            {"text": prompts[number // args.num_validation_images].prompt, "output": {"url": path}}
-            for number, path in enumerate(pictures)
-        ]
-        or None,
-    )
-    output = OutputFolder(args.output_dir)
     name = "README.md" if output.owns("README.md") else "model_card.md"
     with output.writing(name) as path:
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(trigger, bool(files), run)}").save(path)
+        path.write_text(text, encoding="utf-8")
     return name
 
 
-def how_to_use(prompt: str, run: Run) -> str:
-    """The lines that draw a picture with the LoRA."""
-    return (
-        "To use the LoRA, after `from diffusers import ZImagePipeline`:\n"
-        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r})\n"
-        f"  pipe.load_lora_weights({run.args.output_dir!r})\n"
-        f"  pipe({prompt!r}).images[0].save('picture.png')"
-    )
-
-
-def push_to_hub(run: Run, files: list[Path]) -> None:
+def push_to_hub(files: list[Path], run: Run) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    args = run.args
-    api, folder, card = HfApi(token=args.hub_token), Path(args.output_dir), "README.md"
+    args, repository, card = run.args, hub_repository(run.args), "README.md"
     patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]
     try:
-        repository = api.create_repo(hub_repository(args), private=args.hub_private or None, exist_ok=True).repo_id
-        owned = argparse.Namespace(**{**vars(args), "hub_model_id": repository})
-        card = write_model_card(dataclasses.replace(run, args=owned), files)  # the owner is known
-        own = OutputFolder(folder).own_files
-        names = {name: name for name in own if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
-        adding = [CommitOperationAdd(name, folder / path) for name, path in (names | {"README.md": card}).items()]
+        api = HfApi(token=args.hub_token)
+        repository = api.create_repo(repository, private=args.hub_private or None, exist_ok=True).repo_id
+        card = write_model_card(repository, files, run)  # its owner is known now
+        output = OutputFolder(args.output_dir)
+        own = [name for name in output.own_files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        adding = [CommitOperationAdd(name, output.path / name) for name in own]
+        adding.append(CommitOperationAdd("README.md", output.path / card))
         api.create_commit(repository, adding, commit_message="LoRA for Z-Image")
     except Exception as error:  # the client raises its own, those of the network and of the Hub
         cause = isinstance(error, RuntimeError) and error.__cause__ or error  # uploading threads wrap theirs
         reason = " ".join(str(cause).split())
-        upload, private = ["hf", "upload", hub_repository(args)], ["--private"] if args.hub_private else []
-        included = [word for pattern in (*patterns, card) for word in ("--include", pattern)]
-        command = shlex.join([*upload, args.output_dir, ".", *included, *private])
+        flags = [word for pattern in (*patterns, card) for word in ("--include", pattern)]
+        flags += ["--private"] if args.hub_private else []
+        command = shlex.join(["hf", "upload", repository, args.output_dir, ".", *flags])
         raise TrainingError(
             f"--push_to_hub: {reason}. The LoRA is saved in {args.output_dir}; to upload it later: {command}"
         ) from None
+
+
+def publish(files: list[Path], validation: Validation, run: Run) -> None:
+    """What follows when the LoRA is saved and the pictures `files` are drawn. Raises TrainingError of an upload."""
+    args, plan = run.args, validation.data.plan
+    with optional("The model card"):
+        write_model_card(hub_repository(args), files, run)
+    with optional(RUN_FILE):
+        OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
+    logger.info(
+        f"{validation.summary()}\nTo use the LoRA, after `from diffusers import ZImagePipeline`:\n"
+        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r})\n"
+        f"  pipe.load_lora_weights({args.output_dir!r})\n"
+        f"  pipe({plan.examples['instance'][0].caption!r}).images[0].save('picture.png')".lstrip()
+    )
+    if args.push_to_hub:
+        push_to_hub(files, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4437,59 +4388,51 @@ class Progress:
     """A bar at a terminal, else a line now and then; and the trackers' metrics."""
 
     def __init__(self, plan: TrainingPlan, first_update: int, accelerator: Accelerator) -> None:
-        self.accelerator, self.plan = accelerator, plan
-        self.bar = tqdm(
-            total=plan.max_train_steps, initial=first_update, desc="steps", disable=not shows_progress(accelerator)
-        )
+        self.plan, self.first_update, self.accelerator = plan, first_update, accelerator
+        hidden = not shows_progress(accelerator)
+        self.bar = tqdm(desc="steps", total=plan.max_train_steps, initial=first_update, disable=hidden)
         self.started = self.printed = time.monotonic()
-        self.first_update, self.smooth_loss = first_update, math.nan
+        self.loss = math.nan  # smoothed over some twenty updates
 
     def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Note an update that is done. What is shown of the loss is smoothed over some twenty updates."""
-        now = time.monotonic()
+        """Note an update that is done."""
         if math.isfinite(loss):
-            self.smooth_loss += 0.05 * (loss - self.smooth_loss)
-            self.smooth_loss = loss if math.isnan(self.smooth_loss) else self.smooth_loss
-        shown = {"loss": f"{self.smooth_loss:.4f}", "lr": f"{learning_rate:.3g}"}
-        metrics = {
-            "loss": loss,
-            "lr": learning_rate,
-            "grad_norm": grad_norm,
-            "epoch": self.plan.samples_seen(step) / self.plan.samples_per_epoch,
-        }
+            self.loss = loss if math.isnan(self.loss) else self.loss + 0.05 * (loss - self.loss)
+        epoch = self.plan.samples_seen(step) / self.plan.samples_per_epoch
+        metrics = {"loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "epoch": epoch}
+        shown = f"loss {self.loss:.4f}, lr {learning_rate:.3g}"
         if self.accelerator.device.type == "cuda":
             metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            shown["memory"] = f"{metrics['memory_gib']:.1f} GiB"
+            shown += f", memory {metrics['memory_gib']:.1f} GiB"
         with optional("--report_to"):
             self.accelerator.log(metrics, step=step)
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix_str(shown)
         self.bar.update()
-        last = self.plan.max_train_steps
+        now, last = time.monotonic(), self.plan.max_train_steps
         if self.bar.disable and (now - self.printed > 10 or step in (self.first_update + 1, last)):
             self.printed = now
             pace = (now - self.started) / (step - self.first_update)
-            logger.info(
-                f"step {step}/{last}: {', '.join(f'{name} {value}' for name, value in shown.items())}, "
-                f"{pace:.2f} s a step, {pace * (last - step) / 60:.0f} min left"
-            )
+            left = pace * (last - step) / 60
+            logger.info(f"step {step}/{last}: {shown}, {pace:.2f} s a step, {left:.0f} min left")
 
 
 def accumulate_gradients(
-    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], step: int, run: Run
+    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], run: Run
 ) -> Tensor:
     """Add up the gradients of an update's micro-batches in this process.
 
     Returns the sum of their losses, or NaN where one of them does not come. Raises TrainingError where part of the
     LoRA has no gradient: an attention backend can lack a backward pass.
     """
-    accelerator, loss, number = run.accelerator, torch.zeros((), device=run.accelerator.device), None
-    if state.scaler:  # it needs to have seen something, also where this process has no sample
-        state.scaler.scale(loss)
+    accelerator, number = run.accelerator, None
+    loss = state.scaler.scale(
+        torch.zeros((), device=accelerator.device)
+    )  # it must see something, also without samples
     for number, batch in enumerate(batches):
         if batch is None:
             return torch.full_like(loss, math.nan)
         if run.args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
-            torch.manual_seed(digest_number(run.seed, "dropout", step, number, accelerator.process_index))
+            torch.manual_seed(digest_number(run.seed, "dropout", state.step + 1, number, accelerator.process_index))
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
         accelerator.backward(micro_loss)
         loss += micro_loss.detach()
@@ -4504,17 +4447,17 @@ def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float
 
     Returns the loss, whether to stop (these are in `sums`), and the norm of the gradients.
     """
+    assert sums.shape == (2,)
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
     loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
     if stopping and not math.isfinite(loss):
         return loss, True, norm
-    if math.isfinite(loss) and math.isfinite(norm):
-        state.scaler.step(state.optimizer) if state.scaler else state.optimizer.step()
+    if math.isfinite(loss + norm):
+        state.scaler.step(state.optimizer)
     else:
         logger.warning(f"Step {state.step + 1} is skipped: its loss is {loss}, its gradient norm {norm}")
-    if state.scaler:
-        state.scaler.update()
+    state.scaler.update()
     state.lr_scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema_decay:
@@ -4523,39 +4466,32 @@ def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float
     return loss, stopping > 0, norm
 
 
-def train(
-    state: TrainingState,
-    data: TrainingData,
-    validation: Validation,
-    fingerprint: dict[str, Any],
-    stop: StopSignal,
-    run: Run,
-) -> int:
+def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> int:
     """The loop, from where `state` stands to the last update, with logs, checkpoints and validation on the way.
 
     Returns the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
     """
-    args, accelerator, plan = run.args, run.accelerator, data.plan
-    progress, skipped_in_a_row = Progress(plan, state.step, accelerator), 0
+    accelerator, data, stop = run.accelerator, validation.data, validation.stop
+    progress, skipped_in_a_row = Progress(data.plan, state.step, accelerator), 0
     state.transformer.train()
     with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
         for step, batches in updates:
-            loss = accumulate_gradients(state, data.vae, batches, step, run)
+            loss = accumulate_gradients(state, data.vae, batches, run)
             sums = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
             loss, stopping, norm = apply_gradients(state, sums, run)
             if state.step == step:  # not where its pictures did not come: a resumed run takes it again
-                skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
+                skipped_in_a_row = 0 if math.isfinite(loss + norm) else skipped_in_a_row + 1
                 progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
 
-            if stopping or step % args.checkpointing_steps == 0:
+            if stopping or step % run.args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
                     save_checkpoint(state, fingerprint, run)
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
-            if plan.validates(step) and step < plan.max_train_steps:
+            if data.plan.validates(step) and step < data.plan.max_train_steps:
                 with state.averaged():
                     validation(step)
     return 0
@@ -4563,16 +4499,16 @@ def train(
 
 def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run) -> TrainingState:
     """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
-    args = run.args
-    transformer = load_transformer(run)
+    args, transformer = run.args, load_transformer(run)
     parameters = add_lora(transformer, run)
     if args.base_adapter:
         load_base_adapter(transformer, run)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
-    state = TrainingState(transformer, parameters, optimizer, lr_scheduler, run.accelerator.scaler)
+    scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+    state = TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler, ema_decay=args.ema_decay)
     if args.ema_decay:
-        state.ema_decay, state.average = args.ema_decay, [torch.zeros_like(p.data) for p in parameters]
+        state.average = [torch.zeros_like(parameter.data) for parameter in parameters]
     if checkpoint:
         state.load(checkpoint.path)
     if run.sharded:
@@ -4586,10 +4522,10 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
 def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """Whether all processes are about to do the same. Raises UserError."""
     seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
-    if len(set(gather_object([seen]))) > 1:
+    if len({*gather_object([seen])}) > 1:
         raise UserError(
-            "the processes see different pictures, settings, checkpoints or versions of this script: start all "
-            "machines with the same, and keep pictures and --output_dir on storage that all of them reach"
+            "the processes see different pictures, settings, checkpoints or versions of this script: start all with "
+            "the same, with pictures and --output_dir on storage that all of them reach"
         )
 
 
@@ -4597,38 +4533,35 @@ def main(args: argparse.Namespace) -> None:
     """Train as `args` (of `parse_args`) says. Raises UserError for what the user can correct."""
     accelerator = start_run(args)
     checkpoint = find_checkpoint(args)
-    weight_dtype = DTYPES[accelerator.mixed_precision]
     seed = choose_seed(args, checkpoint and checkpoint.seed)
     pipeline = read_pipeline_info(args, accelerator)
     lora = read_lora_settings(args, pipeline.transformer_config)
-    run = Run(args, accelerator, pipeline, seed, weight_dtype, lora)
-    # These are needed later; mistakes in them end the run here, before anything is loaded.
+    run = Run(args, accelerator, pipeline, seed, DTYPES[accelerator.mixed_precision], lora)
+
+    # What is needed later, for mistakes in it to end the run before anything is loaded
     check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    for flag, part in {
-        "--transformer_path": run.pipeline,
-        "--validation_model_path": validation_pipeline(run),
-    }.items():
-        if getattr(args, flag[2:]) and part.transformer_file:
-            with user_errors(flag, UserError):
-                read_transformer_file(part)
+    for pipeline in {run.pipeline, validation_pipeline(run)}:
+        if pipeline.transformer_file:
+            read_transformer_file(pipeline)
     if args.base_adapter:
-        read_base_adapter(args, linear_layers(pipeline.transformer_config))
+        read_base_adapter(args, linear_layers(run.pipeline.transformer_config))
 
-    # Data: pictures, captions, sizes, the plan, and whether the checkpoint belongs to it
+    # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
     check_folders(examples, args)
     missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
     examples = {kind: add_resolutions(examples[kind], args) for kind in examples}
     plan = TrainingPlan(examples, run)
-    for line in describe_plan(examples, missing, plan, run):
-        logger.info(line)
+    logger.info("\n".join(describe_plan(examples, missing, plan, run)))
     run, watched = plan_memory(examples, missing, run)
     fingerprint = make_fingerprint(examples, missing, plan, run)
     check_same_everywhere(fingerprint, checkpoint)
     if checkpoint:
         check_fingerprint(checkpoint, fingerprint)
-    if args.resume_from_checkpoint and is_finished(args, plan.max_train_steps):
+    earlier = OutputFolder(args.output_dir).record
+    if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
+        logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
         return
     for kind in examples:
         verify_pictures(examples[kind][:PICTURES_VERIFIED])
@@ -4650,25 +4583,22 @@ def main(args: argparse.Namespace) -> None:
         examples["class"] = add_resolutions(load_folder("class", args), args)
     plan = TrainingPlan(examples, run, prompt_embeds)
     data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
-    cached = list(examples) if args.cache_latents else [kind for kind in examples if kind == "held-out"]
+    cached = [e for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]
     with watched("VAE"):
-        data.latents = cache_latents([example for kind in cached for example in examples[kind]], run)
+        data.latents = cache_latents(cached, run)
     data.vae = None if args.cache_latents else load_vae(run)
 
-    # Training
+    # Training, and the result: once the LoRA is saved, nothing that comes after it may end the run in another way
+    pictures = []
     with watched("training"), StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
         validation = Validation(state.transformer, state.held_out, data, stop, run)
         if validation.write_page(state.step):
-            logger.info(
-                f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}: open it in a browser"
-            )
+            logger.info(f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}")
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             with state.averaged():  # also of a resumed run: a checkpoint is saved before the validation of its step
                 validation(state.step)
-        pictures, stopped_by = [], train(state, data, validation, fingerprint, stop, run)
-
-        # The result. Once the LoRA is saved, nothing that comes after it may end the run in another way
+        stopped_by = train(state, validation, fingerprint, run)
         if not stopped_by:
             if accelerator.is_main_process:
                 with state.averaged():
@@ -4676,31 +4606,16 @@ def main(args: argparse.Namespace) -> None:
             accelerator.wait_for_everyone()
             with optional("The last validation"), state.averaged():
                 pictures = validation(plan.max_train_steps, final=True)
-    end = "Stopped, to go on with --resume_from_checkpoint latest:" if stopped_by else "The run ended"
-    validation.write_page(state.step, end)
-    if accelerator.is_main_process and not stopped_by:
-        with optional("The model card"):
-            write_model_card(run, pictures)
-        with optional(RUN_FILE):
-            OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
-        logger.info(f"{validation.summary()}\n{how_to_use(examples['instance'][0].caption, run)}".strip())
+    to_continue = "Stopped. To continue: the same command with --resume_from_checkpoint latest."
+    validation.write_page(state.step, to_continue if stopped_by else "The run ended")
     with optional("--report_to"):
         accelerator.end_training()
     if stopped_by:
-        logger.warning("Stopped. To continue: the same command with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process and args.push_to_hub:
-        push_to_hub(run, pictures)
+        logger.warning(to_continue)
+    elif accelerator.is_main_process:
+        publish(pictures, validation, run)
     if stopped_by or stop.number:
         sys.exit(128 + (stopped_by or stop.number))
-
-
-def print_error(text: str) -> None:
-    """One line on standard error, also where a file name in it holds line ends or control characters."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        line = f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}: {line}"
-    with contextlib.suppress(OSError, ValueError):  # it may be full or closed
-        print(f"train_dreambooth_lora_z_image.py: error: {line}", file=sys.stderr)
 
 
 def run_command_line() -> int:
@@ -4711,23 +4626,25 @@ def run_command_line() -> int:
     logging.raiseExceptions = False  # of a standard error that is full or closed
     try:
         main(parse_args())
-    except (UserError, TrainingError) as error:
-        print_error(str(error))
-        return 2 if isinstance(error, UserError) else 1
-    except (OSError, SafetensorError) as error:  # a disk that is full, a folder that cannot be written
-        print_error(first_line(error))
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):  # outside of the stages that say what was planned
-            print_error(f"{first_line(error)} Less memory: --gradient_checkpointing, --cache_latents, see --dry_run")
-            return 1
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-        print_error(f"another process has ended, and says why ({first_line(error)})")
-        return 1
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    except Exception as error:  # each that is expected becomes a line
+        status, text = 2 if isinstance(error, UserError) else 1, first_line(error)
+        if isinstance(error, (UserError, TrainingError)):
+            text = str(error)
+        elif is_out_of_memory(error):  # outside of the stages that say what was planned
+            text += " Less memory: --gradient_checkpointing, --cache_latents, see --dry_run"
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            text = f"another process has ended, and says why ({text})"
+        elif not isinstance(error, (OSError, SafetensorError)):  # of a disk that is full, a folder that is read-only
+            raise
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        text = f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}: {text}"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a file's name can hold line ends
+    with contextlib.suppress(OSError, ValueError):  # standard error may be full or closed
+        print(f"train_dreambooth_lora_z_image.py: error: {text}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

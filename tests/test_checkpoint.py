@@ -23,7 +23,7 @@ def make_state(model, **flags):
     parameters = trainer.add_lora(transformer.requires_grad_(False), run)
     optimizer = trainer.build_optimizer(parameters, args, args.learning_rate)
     lr_scheduler = trainer.build_lr_scheduler(optimizer, args, max_train_steps=10)
-    return trainer.TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler=None)
+    return trainer.TrainingState(transformer, parameters, optimizer, lr_scheduler, torch.amp.GradScaler(enabled=False))
 
 
 def take_steps(state, last):

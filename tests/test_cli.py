@@ -348,7 +348,7 @@ def test_rounding_of_the_resolution_is_announced(model_without_weights, photos, 
     finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=100, dry_run=True))
     assert finished.returncode == 0, finished
     (line,) = [line for line in finished.output.splitlines() if "rounded" in line]
-    assert "--resolution 100" in line and "96" in line
+    assert "--resolution" in line and "100 " in line and "96" in line
 
 
 def test_a_resolution_that_fits_is_not_announced_as_rounded(model_without_weights, photos, tmp_path):

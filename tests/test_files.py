@@ -471,7 +471,7 @@ def test_a_file_that_cannot_be_used_is_one_line_and_exit_status_2(flag, tiny_mod
     flags = {flag: tmp_path / "model.safetensors"}
     finished = fork_trainer(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags), check=False)
     assert finished.returncode == 2
-    assert f"error: --{flag}: {tmp_path / 'model.safetensors'} is a GGUF file: give" in finished.stderr
+    assert f"{tmp_path / 'model.safetensors'} is a GGUF file: give" in finished.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

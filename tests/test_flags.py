@@ -279,7 +279,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(norm, tiny_model):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     parameter.grad = torch.tensor([3.0, 4.0])
     run.accelerator.unscale_gradients = lambda optimizer: None
-    state = trainer.TrainingState(None, [parameter], optimizer, schedule, scaler=None)
+    state = trainer.TrainingState(None, [parameter], optimizer, schedule, torch.amp.GradScaler(enabled=False))
     *_, logged = trainer.apply_gradients(state, torch.zeros(2), run)
     assert logged == pytest.approx(5.0)
     assert parameter.norm().item() == pytest.approx(min(5.0, norm), rel=1e-4)

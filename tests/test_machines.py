@@ -659,7 +659,7 @@ def test_the_card_names_the_model_on_which_the_pictures_were_looked_at(tmp_path)
     }
     args = trainer.parse_args(train_args(None, "d", None, **flags))
     lora = SimpleNamespace(rank=4, alpha=4, targets={})
-    assert trainer.write_model_card(SimpleNamespace(args=args, lora=lora), []) == "README.md"
+    assert trainer.write_model_card("dog", [], SimpleNamespace(args=args, lora=lora)) == "README.md"
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == ["org/Z-Image", "org/Turbo"]
     assert "num_inference_steps=50, guidance_scale=5.0)" in card.text

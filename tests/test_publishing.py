@@ -133,12 +133,12 @@ class Answer(BaseHTTPRequestHandler):
         self.reply(409 if exists else 200, url=f"{self.server.url}/{name}", name=name, **error)
 
     def validate_card(self, content):
-        """As the Hub does: the front matter is YAML, and `base_model`, where it is given, is a model on the Hub."""
+        """As the Hub does: the front matter is YAML, and `base_model`, where it is given, lists models of the Hub."""
         card = json.loads(content)["content"]
         match = re.match(r"---\n(.*?)\n---(\n|$)", card, re.DOTALL)
         try:
             base_model = yaml.safe_load(match.group(1)).get("base_model")
-            valid = base_model is None or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model)
+            valid = base_model is None or all(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) for name in base_model)
             errors = [] if valid else [f'"base_model" with value "{base_model}" is not valid. Use a model id.']
         except yaml.YAMLError as error:
             errors = [str(error)]
@@ -369,7 +369,7 @@ def write_card(out, *flags, prompt="a photo of sks dog", pictures=0, model="Tong
     """The text of the card of a run with these flags that drew so many pictures."""
     args = trainer.parse_args([*required_flags(model, prompt), f"--output_dir={out}", *flags])
     files = [out / "samples" / f"{number}.png" for number in range(pictures)]
-    trainer.write_model_card(SimpleNamespace(args=args, lora=LORA), files)
+    trainer.write_model_card(trainer.hub_repository(args), files, SimpleNamespace(args=args, lora=LORA))
     return (out / "README.md").read_text(encoding="utf-8")
 
 
@@ -406,7 +406,7 @@ def test_the_card_is_valid_for_any_prompt(prompt, tmp_path):
     loaded = ModelCard.load(tmp_path / "README.md")
     assert loaded.data.instance_prompt == front_matter(card)["instance_prompt"] == prompt
     assert [entry["text"] for entry in front_matter(card)["widget"]] == [prompt] * 4
-    assert front_matter(card)["base_model"] == "Tongyi-MAI/Z-Image"
+    assert front_matter(card)["base_model"] == ["Tongyi-MAI/Z-Image"]
     ast.parse(code(card))
     assert {"instance_prompt", "validation_prompt", "rank"} <= set(flags_table(card))
     assert card.count("\n---\n") == 1  # where the front matter ends
@@ -416,7 +416,7 @@ def test_the_card_is_valid_for_any_prompt(prompt, tmp_path):
 def test_the_card_names_base_model_licence_library_and_trigger_words(tmp_path):
     card = write_card(tmp_path)
     data = front_matter(card)
-    assert data["base_model"] == "Tongyi-MAI/Z-Image"
+    assert data["base_model"] == ["Tongyi-MAI/Z-Image"]
     assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
     assert {"text-to-image", "lora", "z-image"} <= set(data["tags"])
     assert "`a photo of sks dog`" in card and "ComfyUI" in card
@@ -426,7 +426,7 @@ def test_the_card_names_base_model_licence_library_and_trigger_words(tmp_path):
 
 def test_the_card_says_in_what_the_base_was_held_if_it_was_quantized(tmp_path):
     assert "trained with DreamBooth.\n" in write_card(tmp_path)
-    assert "trained with DreamBooth, the base held in float8.\n" in write_card(tmp_path, "--do_fp8_training")
+    assert "trained with DreamBooth, the base held in fp8.\n" in write_card(tmp_path, "--do_fp8_training")
     card = write_card(tmp_path, "--bnb_quantization_config_path=configs/nf4.json")
     assert "held in bitsandbytes' low precision.\n" in card
     assert flags_table(card)["bnb_quantization_config_path"] == '"configs/nf4.json"'

@@ -899,7 +899,7 @@ def rank_8_run(tiny_model, shared_photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank-8")
     flags = {**BASE, "max_train_steps": 1}
     fork_trainer(*train_args(tiny_model, shared_photos, folder / "out", **flags), log=folder / "log.txt")
-    (folder / "out" / "run.json").unlink()
+    trainer.OutputFolder(folder / "out").update(finished=False)
     return folder / "out"
 
 

@@ -407,7 +407,7 @@ def test_a_picture_is_drawn_as_its_line_says_and_the_page_and_the_log_say_it(
     file.write_text("a dog --w 33 --h 48 --s 3 --l 2.5 --d 7 --n a cat\n", encoding="utf-8")
     flags = DRAWING | {"max_train_steps": 1, "skip_final_inference": True}
     train(tiny_model, shared_photos, tmp_path / "out", **flags, prompts=[file])
-    assert "33 x 48 is rounded to 32 x 48" in capsys.readouterr().err
+    assert "33 (of --resolution or a prompt's --w, --h) is rounded to 32" in capsys.readouterr().err
     pipeline = ZImagePipeline.from_pretrained(tiny_model)
     for number in range(2):
         expected = pipeline(
