@@ -4076,12 +4076,10 @@ def describe_pictures(examples: Examples, args: argparse.Namespace) -> list[str]
         for e in kind_examples:
             ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
         for (height, width), pairs in sorted(ratios.items()):
-            scales = [larger for _, larger in pairs]  # the picture covers its bucket
+            scales = sorted(larger for _, larger in pairs)  # the picture covers its bucket
+            scaled = f"scaled to {scales[0]:.0%} to {scales[-1]:.0%}"
             cut = statistics.fmean(1 - smaller / larger for smaller, larger in pairs)
-            lines.append(
-                f"  {len(pairs)} at height {height}, width {width}: scaled to {min(scales):.0%} to {max(scales):.0%}, "
-                f"{cut:.0%} cut off on average"
-            )
+            lines.append(f"  {len(pairs)} at height {height}, width {width}: {scaled}, {cut:.0%} cut off on average")
         if enlarged := [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]:
             lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
         pairs = find_duplicates([e for e in pictures if isinstance(e.source, Path)])
@@ -4098,14 +4096,11 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
     for side in sorted({*args.resolution, *drawn}):
         if round_size(side) != side:
             lines.append(f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}")
-    lines.append(
-        f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: "
-        f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
-    )
+    epochs = f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
+    lines.append(f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs}")
     for name, paths in run.lora.targets.items():
-        blocks = Counter(path.split(".")[0] for path in paths)
-        where = ", ".join(f"{number} in {block}" for block, number in blocks.items())
-        lines.append(f"LoRA on {name}: {where}, {run.lora.rank * sum(paths.values()):,} parameters")
+        parameters = run.lora.rank * sum(paths.values())
+        lines.append(f"LoRA on {name}: {len(paths)} modules, {parameters:,} parameters")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
         lines.append(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before its rate is reached; give less")
     return lines
@@ -4162,14 +4157,10 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
 def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
     """Say what differs from the run that is resumed. Raises UserError where the results would not be of one run."""
     saved = checkpoint.fingerprint
-    changes = {
-        name: f"{name} was {saved.get(name)}, is {now}" for name, now in current.items() if saved.get(name) != now
-    }
-    if serious := [text for name, text in changes.items() if name not in MAY_CHANGE]:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint.path} is of a run with other settings: {'; '.join(serious)}. Give "
-            "the settings of that run, or start anew in another --output_dir"
-        )
+    new = {name: value for name, value in current.items() if saved.get(name) != value}
+    changes = {name: f"{name} was {saved.get(name)}, is {value}" for name, value in new.items()}
+    if serious := "; ".join(text for name, text in changes.items() if name not in MAY_CHANGE):
+        raise UserError(f"--resume_from_checkpoint {checkpoint.path}: take its settings or start anew. {serious}")
     for text in changes.values():
         logger.warning(f"Resuming with a change: {text}")
     passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
@@ -4264,8 +4255,6 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         output.update(finished=False)
     else:
         set_aside_earlier_run(args)
-    for path in {*list_checkpoints(output.path)} - {*own_checkpoints(output.path)}:
-        logger.warning(f"{path} is no checkpoint of this program: it stays, and none is saved under its name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4357,9 +4346,8 @@ def push_to_hub(files: list[Path], run: Run) -> None:
         flags = [word for pattern in (*patterns, card) for word in ("--include", pattern)]
         flags += ["--private"] if args.hub_private else []
         command = shlex.join(["hf", "upload", repository, args.output_dir, ".", *flags])
-        raise TrainingError(
-            f"--push_to_hub: {reason}. The LoRA is saved in {args.output_dir}; to upload it later: {command}"
-        ) from None
+        failed = f"--push_to_hub: {reason}. The LoRA is saved in {args.output_dir}; to upload it later: {command}"
+        raise TrainingError(failed) from None
 
 
 def publish(files: list[Path], validation: Validation, run: Run) -> None:
@@ -4419,15 +4407,12 @@ class Progress:
 def accumulate_gradients(
     state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], run: Run
 ) -> Tensor:
-    """Add up the gradients of an update's micro-batches in this process.
+    """Add up the gradients of an update's micro-batches; returns the sum of their losses, NaN if one does not come.
 
-    Returns the sum of their losses, or NaN where one of them does not come. Raises TrainingError where part of the
-    LoRA has no gradient: an attention backend can lack a backward pass.
+    Raises TrainingError where part of the LoRA has no gradient: an attention backend can lack a backward pass.
     """
-    accelerator, number = run.accelerator, None
-    loss = state.scaler.scale(
-        torch.zeros((), device=accelerator.device)
-    )  # it must see something, also without samples
+    accelerator, loss, number = run.accelerator, torch.zeros((), device=run.accelerator.device), None
+    state.scaler.scale(loss)  # it needs to have seen something, also where this process has no sample
     for number, batch in enumerate(batches):
         if batch is None:
             return torch.full_like(loss, math.nan)
@@ -4523,10 +4508,7 @@ def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | 
     """Whether all processes are about to do the same. Raises UserError."""
     seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
     if len({*gather_object([seen])}) > 1:
-        raise UserError(
-            "the processes see different pictures, settings, checkpoints or versions of this script: start all with "
-            "the same, with pictures and --output_dir on storage that all of them reach"
-        )
+        raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
 
 
 def main(args: argparse.Namespace) -> None:
