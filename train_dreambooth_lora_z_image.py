@@ -3505,6 +3505,28 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     return None
 
 
+def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run) -> TrainingState:
+    """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
+    args, transformer = run.args, load_transformer(run)
+    parameters = add_lora(transformer, run)
+    if args.base_adapter:
+        load_base_adapter(transformer, run)
+    optimizer = build_optimizer(parameters, args, plan.learning_rate)
+    lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
+    scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+    state = TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler, ema_decay=args.ema_decay)
+    if args.ema_decay:
+        state.average = [torch.zeros_like(parameter.data) for parameter in parameters]
+    if checkpoint:
+        state.load(checkpoint.path)
+    if run.sharded:
+        adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
+        shard((*transformer_blocks(transformer), transformer), run.accelerator, ignored=adapters)
+    if run.compiled:
+        compile_blocks(transformer)
+    return state
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Counted memory
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4168,6 +4190,13 @@ def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
         logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
+def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Whether all processes are about to do the same. Raises UserError."""
+    seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
+    if len({*gather_object([seen])}) > 1:
+        raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
+
+
 def next_command(argv: list[str]) -> str:
     """What to type after `--dry_run`, as a line: the same without that flag, its `--plan_for`, and the token."""
     left_out = argparse.ArgumentParser(add_help=False)  # which takes beginnings of flags too
@@ -4480,35 +4509,6 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                 with state.averaged():
                     validation(step)
     return 0
-
-
-def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run) -> TrainingState:
-    """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
-    args, transformer = run.args, load_transformer(run)
-    parameters = add_lora(transformer, run)
-    if args.base_adapter:
-        load_base_adapter(transformer, run)
-    optimizer = build_optimizer(parameters, args, plan.learning_rate)
-    lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
-    scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
-    state = TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler, ema_decay=args.ema_decay)
-    if args.ema_decay:
-        state.average = [torch.zeros_like(parameter.data) for parameter in parameters]
-    if checkpoint:
-        state.load(checkpoint.path)
-    if run.sharded:
-        adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
-        shard((*transformer_blocks(transformer), transformer), run.accelerator, ignored=adapters)
-    if run.compiled:
-        compile_blocks(transformer)
-    return state
-
-
-def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Whether all processes are about to do the same. Raises UserError."""
-    seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
-    if len({*gather_object([seen])}) > 1:
-        raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
 
 
 def main(args: argparse.Namespace) -> None:
