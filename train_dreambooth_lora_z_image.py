@@ -4351,8 +4351,8 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
 {chr(10).join(rows)}
 """
     name = "README.md" if output.owns("README.md") else "model_card.md"
-    with output.writing(name) as path:
-        path.write_text(text, encoding="utf-8")
+    with output.writing(name) as part:
+        part.write_text(text, encoding="utf-8")
     return name
 
 
