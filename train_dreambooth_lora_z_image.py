@@ -4070,12 +4070,9 @@ def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
 def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
     """Where pictures and captions came from, and what of the folder was left out, as lines."""
     places = Counter((e.source.parent, e.repeats) for e in examples if isinstance(e.source, Path))
-    origins = Counter(
-        e.origin if isinstance(e.origin, str) or e.origin.name in METADATA else f"{e.origin.suffix.lower()} files"
-        for e in examples
-    )
+    origins = Counter(e.origin if isinstance(e.origin, str) else f"{e.origin.suffix.lower()} files" for e in examples)
     lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
-    lines.append("  captions: " + ", ".join(f"{n} from {os.path.basename(origin)}" for origin, n in origins.items()))
+    lines.append("  captions: " + ", ".join(f"{n} from {origin}" for origin, n in origins.items()))
     if any(e.mask for e in examples):
         lines.append(f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel")
     if folder:
@@ -4121,15 +4118,13 @@ def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingP
     epochs = f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
     lines.append(f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs}")
     for name, paths in run.lora.targets.items():
-        parameters = run.lora.rank * sum(paths.values())
-        lines.append(f"LoRA on {name}: {len(paths)} modules, {parameters:,} parameters")
+        lines.append(f"LoRA on {name}: {len(paths)} modules, {run.lora.rank * sum(paths.values()):,} parameters")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
         lines.append(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before its rate is reached; give less")
     return lines
 
 
 # Flags that decide the mathematics of a run, by themselves.
-# fmt: off
 MATHEMATICS = [
     "ema_decay", "repeats", "masked_loss", "unmasked_weight", "center_crop", "random_flip", "max_sequence_length",
     "caption_dropout", "cache_latents", "with_prior_preservation", "prior_loss_weight", "class_prompt", "lora_dropout",
@@ -4137,8 +4132,7 @@ MATHEMATICS = [
     "adam_beta2", "adam_weight_decay", "adam_epsilon", "prodigy_beta3", "prodigy_decouple",
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup", "max_grad_norm", "weighting_scheme", "logit_mean",
     "logit_std", "mode_scale", "timestep_shift", "base_model_precision", "base_adapter",
-]
-# fmt: on
+]  # fmt: skip
 
 
 def make_fingerprint(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> dict[str, Any]:
@@ -4262,9 +4256,8 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
     }
     for flag, (folder, name) in longest_names.items():
         if folder:
-            with user_errors(
-                f"--{flag} {str(folder)[:500]!r} cannot be written", OSError, SafetensorError, ValueError
-            ):
+            what = f"--{flag} {str(folder)[:500]!r} cannot be written"
+            with user_errors(what, OSError, SafetensorError, ValueError):
                 str(folder).encode()  # JSON and the card could not name another
                 os.makedirs(folder, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder, ignore_cleanup_errors=True) as probe:

@@ -616,7 +616,7 @@ def offline(tmp_path, monkeypatch):
 def test_a_model_in_the_cache_of_the_hub_works_offline_by_its_id(offline, train, tiny_model, tmp_path):
     status, output = train(**offline(tiny_model), max_train_steps=1)
     assert status == 0 and (tmp_path / "out" / LORA).is_file()
-    assert "base_model: someone/z-image\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "base_model:\n- someone/z-image\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def test_a_run_goes_on_with_the_same_model_from_elsewhere_and_not_with_another_revision(
