@@ -85,7 +85,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, training_utils
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -95,7 +94,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_d
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
+from peft.functional import get_peft_model_state_dict, set_peft_model_state_dict, set_requires_grad
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -1921,23 +1921,16 @@ def quantization_config(run: Run) -> diffusers.BitsAndBytesConfig | None:
     path = run.args.bnb_quantization_config_path
     if not path and run.args.base_model_precision != "nf4":
         return None
-    errors = (UserError, ValueError, TypeError, AttributeError, RuntimeError, ImportError)
-    with user_errors(f"--bnb_quantization_config_path {path}" if path else "--base_model_precision nf4", *errors):
-        settings = json.loads(read_text(Path(path))) if path else NF4.copy()
-        known = inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters
-        if unknown := settings.keys() - known:
-            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-        if [settings.get("load_in_4bit", False), settings.get("load_in_8bit", False)].count(True) != 1:
-            raise ValueError("set one of load_in_4bit and load_in_8bit to true")
-        if settings.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
-            raise ValueError("bnb_4bit_quant_type must be nf4 or fp4")
-        if settings.get("load_in_4bit"):
-            settings["bnb_4bit_compute_dtype"] = run.weight_dtype
-        config = diffusers.BitsAndBytesConfig(**settings)
+    what = f"--bnb_quantization_config_path {path}" if path else "--base_model_precision nf4"
+    with user_errors(what, UserError, Exception):
+        settings = json.loads(read_text(Path(path))) if path else NF4
+        if unknown := settings.keys() - inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters:
+            raise UserError(f"unknown: {', '.join(sorted(unknown))}")
+        config = diffusers.BitsAndBytesConfig(**settings | {"bnb_4bit_compute_dtype": run.weight_dtype})
+        if not config.is_quantizable() or config.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise UserError("set load_in_8bit to true, or load_in_4bit with bnb_4bit_quant_type nf4 or fp4")
         if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
-            raise ValueError(
-                "FSDP shards only 4-bit weights with a floating bnb_4bit_quant_storage: see configs/nf4.json"
-            )
+            raise UserError("FSDP needs load_in_4bit and a floating bnb_4bit_quant_storage: see configs/nf4.json")
         if not run.args.plan_for:
             DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
@@ -1945,22 +1938,19 @@ def quantization_config(run: Run) -> diffusers.BitsAndBytesConfig | None:
 
 def check_precision(run: Run) -> None:
     """Whether the frozen weights can be held as the flags say, on this device. Raises UserError."""
-    precision, device, install = run.args.base_model_precision, run.accelerator.device, "pip install 'torchao>=0.16'"
+    precision, device = run.args.base_model_precision, run.accelerator.device
     torchao = importlib.util.find_spec("torchao") and importlib.metadata.version("torchao")
-    if torchao and Version(torchao) < Version("0.16"):
-        raise UserError(f"torchao {torchao} is too old for PEFT, which asks for it in any case: {install}")
-    if precision in ("fp8", "int8") and not torchao:
-        raise UserError(f"--base_model_precision {precision} needs torchao: {install}")
+    if Version(torchao) < Version("0.16") if torchao else precision in ("fp8", "int8"):
+        raise UserError("torchao is missing, or too old for PEFT in any case: pip install 'torchao>=0.16'")
     if precision == "int8" and run.sharded:
         raise UserError("--base_model_precision int8 cannot be sharded by FSDP: take fp8 or nf4")
     if precision == "fp8" and device.type != "cpu":
+        kind = "an AMD GPU" if torch.version.hip else device.type  # ROCm calls itself cuda
+        capability = torch.cuda.get_device_capability(device) if kind == "cuda" else (0, 0)
         instead = "take --base_model_precision int8 or nf4"
-        if device.type != "cuda" or torch.version.hip:  # ROCm calls itself cuda
-            name = "an AMD GPU" if torch.version.hip else device.type
-            raise UserError(f"--do_fp8_training needs an NVIDIA GPU, this is {name}: {instead}")
-        if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-            found = ".".join(map(str, capability))
-            raise UserError(f"--do_fp8_training needs compute capability 8.9, this GPU has {found}: {instead}")
+        if capability < (8, 9):
+            found = f"{capability[0]}.{capability[1]}" if kind == "cuda" else kind
+            raise UserError(f"--do_fp8_training needs an NVIDIA GPU of compute capability 8.9, not {found}: {instead}")
         if run.compiled:
             logger.info("float8 compiles the transformer's blocks: the first steps take longer")
         else:
@@ -1968,50 +1958,51 @@ def check_precision(run: Run) -> None:
     quantization_config(run)
 
 
-def to_float8(tensor: Tensor, role: str, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """torchao's float8 tensor of `tensor` in its `role` in a product; with `scale`, of what is in float8 already."""
-    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
-    from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole, LinearMMConfig
-
-    config, role = LinearMMConfig(), GemmInputRole(role)
-    if scale is not None:
-        return Float8TrainingTensor(tensor.view(torch.float8_e4m3fn), scale, dtype, config, role)
-    return hp_tensor_to_float8_dynamic(tensor, torch.float8_e4m3fn, config, gemm_input_role=role)
-
-
-class Float8Product(torch.autograd.Function):
-    """`x @ weight.T` by torchao's float8 products: this one, and that of the gradient of `x`.
-
-    x [tokens, in] and weight [out, in] have one scale each. A scale for each token was no more exact on the trained
-    small model (cosine of the gradient to bf16 0.998) and made a step 11% slower on an H200.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return to_float8(x, "input") @ to_float8(weight, "weight", scale, x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return to_float8(grad, "grad_output") @ to_float8(weight, "weight", scale, grad.dtype), None, None
-
-
 class Float8Linear(torch.nn.Linear):
-    """A frozen linear layer without bias, its weight quantized once. Any communication library can send its bytes."""
+    """A frozen linear layer without bias, by torchao's float8 products in both passes, its weight quantized once.
+
+    Each tensor has one scale: one for each token was no more exact on the trained small model (cosine of the gradient
+    to bf16 0.998) and made a step 11% slower on an H200. Any communication library can send the weight's bytes.
+    """
 
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
     def __init__(self, linear: torch.nn.Linear, device: torch.device) -> None:
+        from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+        from torchao.float8.float8_training_tensor import LinearMMConfig
+
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight = to_float8(linear.weight.detach().to(device), "weight")
+        weight = hp_tensor_to_float8_dynamic(linear.weight.detach().to(device), torch.float8_e4m3fn, LinearMMConfig())
         self.weight = torch.nn.Parameter(weight._data.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale", weight._scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        from torchao.float8.float8_scaling_utils import NoopFwToFloat8BwDynamic, hp_tensor_to_float8_dynamic
+        from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole, LinearMMConfig
+
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return Float8Product.apply(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        float8, config = torch.float8_e4m3fn, LinearMMConfig()
+        weight = Float8TrainingTensor(self.weight.view(float8), self.scale, x.dtype, config, GemmInputRole.WEIGHT)
+        product = hp_tensor_to_float8_dynamic(x.flatten(0, -2), float8, config) @ weight.t()
+        return NoopFwToFloat8BwDynamic.apply(product, config, float8).unflatten(0, x.shape[:-1])  # its gradient too
+
+
+def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torch.device) -> None:
+    """Hold attention and feed-forward layers, 98% of the products, in "fp8" or "int8", one after the other."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    left, modules = 0, transformer.named_modules()
+    for name in [name for name, m in modules if isinstance(m, torch.nn.Linear) and m.bias is None]:
+        layer = transformer.get_submodule(name)
+        if precision == "int8":
+            quantize_(layer, Int8WeightOnlyConfig(version=2, set_inductor_config=False), device=device)
+        elif layer.in_features % 16 or layer.out_features % 16:
+            left += 1
+        else:
+            transformer.set_submodule(name, Float8Linear(layer, device))
+    if left:
+        logger.info(f"{left} layers whose sizes are not multiples of 16 are not held in float8")
 
 
 def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
@@ -2019,54 +2010,24 @@ def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.M
     return [*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers]
 
 
-def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torch.device) -> None:
-    """Hold the attention and feed-forward layers of every block in "fp8" or "int8", one after the other on `device`.
+def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
+    """Have a fraction of the blocks, spread over the depth, keep only their inputs until the backward pass.
 
-    The rest (embedders, modulation, final layer) is under 2% of the products and stays in its type.
+    Reentrant checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
+    hooks want that graph. With `--offload` the inputs wait in host memory.
     """
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    left = 0
-    for block in transformer_blocks(transformer):
-        for name, layer in list(block.named_modules()):
-            if not isinstance(layer, torch.nn.Linear) or layer.bias is not None:  # the modulation has a bias
-                continue
-            if precision == "int8":
-                quantize_(layer, Int8WeightOnlyConfig(version=2, set_inductor_config=False), device=device)
-                layer.requires_grad_(False)
-            elif layer.in_features % 16 or layer.out_features % 16:
-                left += 1
-            else:
-                block.set_submodule(name, Float8Linear(layer, device))
-    if left:
-        logger.info(f"{left} layers whose sizes are not multiples of 16 are not held in float8")
-
-
-def checkpoint_blocks(
-    transformer: ZImageTransformer2DModel,
-    fraction: float,
-    reentrant: bool = True,
-    on_host: bool = False,
-    **options: Any,
-) -> None:
-    """Have this fraction of the blocks, spread over the depth, keep only their inputs until the backward pass.
-
-    `reentrant` checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
-    hooks want that graph. With `on_host` the inputs wait in host memory.
-    """
-    recomputed = {
-        block for n, block in enumerate(transformer_blocks(transformer)) if int((n + 1) * fraction) > int(n * fraction)
-    }
+    fraction, blocks = run.checkpointed_fraction, enumerate(transformer_blocks(transformer))
+    recomputed = {block for n, block in blocks if int((n + 1) * fraction) > int(n * fraction)}
+    options = {"use_reentrant": not run.sharded, "preserve_rng_state": run.args.lora_dropout > 0}
 
     def run_block(block: torch.nn.Module, hidden_states: Tensor, *inputs: Any) -> Tensor:
         learns = hidden_states.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
         if block not in recomputed or not learns:  # the backward pass ends at the first block that has a LoRA
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
-        with (
-            torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda) if on_host else contextlib.nullcontext()
-        ):
-            return recompute_in_backward(block, hidden_states, *inputs, use_reentrant=reentrant, **options)
+        on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda)
+        with on_host if run.offloads else contextlib.nullcontext():
+            return recompute_in_backward(block, hidden_states, *inputs, **options)
 
     transformer.enable_gradient_checkpointing(run_block)
 
@@ -2079,110 +2040,98 @@ def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
         block.compile(fullgraph=True)
 
 
-WEIGHT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+def names_in_files(names: Iterable[str]) -> dict[str, list[str]]:
+    """{name in a file, "_" for ".": names here} of modules or weights; the original's have q, k and v in one."""
+    known = {}
+    for name in names:
+        original = re.sub(r"^all_|\.2-1|to_(?=out\.0)|(?<=out)\.0", "", name)
+        original = re.sub(r"norm_([qk])\b", r"\1_norm", original)
+        known |= {name.replace(".", "_"): [name], original.replace(".", "_"): [name]}
+        if ".to_q" in name:
+            fused = name.replace("to_q", "qkv").replace(".", "_")
+            known[fused] = [name.replace("to_q", f"to_{projection}") for projection in "qkv"]
+    return known
+
+
+FORMATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2"}
 SCALES = ("scale_weight", "weight_scale")  # of float8 weights, in ComfyUI's older and newer form
-BESIDE_WEIGHTS = (*SCALES, "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+NO_WEIGHTS = (*SCALES, "scale_input", "input_scale", "comfy_quant", "scaled_fp8", "norm_final.weight")
 MODEL_KINDS = {"lora_": "a LoRA, which is for --init_lora or --base_adapter", "control_": "a ControlNet",
                "double_blocks.": "FLUX", "joint_blocks.": "Stable Diffusion 3", "input_blocks.": "Stable Diffusion",
-               "self_attn.": "a text encoder", "decoder.": "a VAE"}  # fmt: skip
+               "self_attn.": "a text encoder", "decoder.": "a VAE", "": "another model"}  # fmt: skip
 
 
 def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = None) -> State:
-    """The weights in `pipeline.transformer_file`, under diffusers' names; without `dtype`, on the meta device.
+    """The weights in `pipeline.transformer_file` under diffusers' names, in `dtype`; without it, on the meta device.
 
-    Those of float8 are multiplied by their scales. A file's pages are not copied where it has the type already.
     Raises UserError where the file holds anything but this pipeline's transformer.
     """
     path, header = pipeline.transformer_file, safetensors_header(pipeline.transformer_file)
     metadata = header.pop("__metadata__", {})
-    last = "noise_refiner.0.attention_norm1.weight"
-    prefix = next((name.removesuffix(last) for name in header if f".{name}".endswith(f".{last}")), None)
+    first = "noise_refiner.0.attention_norm1.weight"
+    prefix = next((name.removesuffix(first) for name in header if f".{name}".endswith(f".{first}")), None)
     if prefix is None:
-        kind = next((kind for part, kind in MODEL_KINDS.items() if any(part in name for name in header)), None)
-        raise UserError(f"{path} is {kind or f'another model: it holds {next(iter(header))}'}, not Z-Image")
-    names = [name for name in header if name.startswith(prefix) and not name.endswith(BESIDE_WEIGHTS)]
-    state, layers = {}, json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-    with safe_open(path, framework="pt") as file:
-        # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
-        notes = [bytes(file.get_tensor(name).tolist()) for name in header if name.endswith(".comfy_quant")]
-        formats = {layer.get("format") for layer in (*layers.values(), *map(json.loads, notes))}
-        formats = formats - {"float8_e4m3fn", "float8_e5m2"} | {header[name]["dtype"] for name in names} - WEIGHT_TYPES
-        if formats:
-            raise UserError(f"{path} stores weights as {', '.join(map(str, formats))}: give a bf16, fp16 or fp8 file")
+        kind = next(kind for part, kind in MODEL_KINDS.items() if part in " ".join(header))
+        raise UserError(f"{path} is {kind}: it holds {min(header, default='nothing')}")
+    names = [name for name in header if name.startswith(prefix) and not name.endswith(NO_WEIGHTS)]
+    # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
+    notes = list(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values())
+    with safe_open(path, "pt") as file:
+        notes += [json.loads(bytes(file.get_tensor(n).tolist())) for n in header if n.endswith(".comfy_quant")]
+        formats = {note.get("format") for note in notes} | {header[name]["dtype"] for name in names}
+        if not formats <= FORMATS:
+            stored = ", ".join(map(str, formats - FORMATS))
+            raise UserError(f"{path} stores weights as {stored}: give a bf16, fp16 or fp8 file")
+        with torch.device("meta"):
+            expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
+        known, state = names_in_files(expected), {}
         for name in names:
-            if dtype is None:
-                state[name.removeprefix(prefix)] = torch.empty(header[name]["shape"], device="meta")
-                continue
-            weight = file.get_tensor(name)
-            for scale in (name.removesuffix("weight") + end for end in SCALES):
-                if scale in header:  # one number, or one for each row
-                    weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)
-            state[name.removeprefix(prefix)] = weight.to(dtype)
-    if "all_x_embedder.2-1.weight" not in state:
-        state = convert_z_image_transformer_checkpoint_to_diffusers(state)
-    with torch.device("meta"):
-        expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        raise UserError(f"{path} is another model: it {'lacks' if name in expected else 'holds'} {name}")
-    for name, weight in state.items():
-        if weight.shape != expected[name].shape:
-            sizes = f"{list(weight.shape)}, not {list(expected[name].shape)}"
-            raise UserError(f"{path} is a model of another size: its {name} is {sizes}")
+            own = known.get(name.removeprefix(prefix).replace(".", "_"))
+            if not own:
+                raise UserError(f"{path} is another model: it holds {name}")
+            weight = torch.cat([expected[part] for part in own])
+            if (found := header[name]["shape"]) != list(weight.shape):
+                raise UserError(f"{path} is a model of another size: its {name} is {found}, not {list(weight.shape)}")
+            if dtype:
+                weight = file.get_tensor(name)
+                for scale in {name.removesuffix("weight") + end for end in SCALES} & header.keys():
+                    weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)  # one, or one for each row
+                weight = weight.to(dtype)
+            state |= zip(own, weight.chunk(len(own)), strict=True)
+    if lacking := expected.keys() - state.keys():
+        raise UserError(f"{path} is another model: it lacks {min(lacking)}")
     if dtype is None and any(not name.startswith(prefix) for name in header.keys() - {"scaled_fp8"}):
         logger.info(f"{path} holds more than the transformer: that alone is taken")
     return state
 
 
-def load_transformer_weights(pipeline: PipelineInfo, dtype: torch.dtype, **kwargs: Any) -> ZImageTransformer2DModel:
-    """A pipeline's transformer, of its folder or of one file. Raises UserError."""
+def load_transformer(run: Run, dtype: torch.dtype | None = None) -> ZImageTransformer2DModel:
+    """The frozen transformer on the device, held as the flags say or in `dtype`. Raises UserError."""
+    args, device, pipeline = run.args, run.accelerator.device, run.pipeline
+    precision, quantization = (None, None) if dtype else (args.base_model_precision, quantization_config(run))
+    dtype = dtype or run.weight_dtype
     if pipeline.transformer_file is None:
-        return pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype, **kwargs)
-    kwargs["device"] = kwargs.pop("device_map", {"": "cpu"})[""]
-    where = {"config": pipeline.path, "subfolder": "transformer", "torch_dtype": dtype}
-    with user_errors(f"{pipeline.transformer_file} cannot be loaded"):
-        return ZImageTransformer2DModel.from_single_file(read_transformer_file(pipeline, dtype), **where, **kwargs)
-
-
-def set_attention_backend(transformer: ZImageTransformer2DModel, args: argparse.Namespace) -> None:
-    """Have attention computed as the flags say; without one, as diffusers does it."""
+        options = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+        transformer = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype, **options)
+    else:
+        options = {"quantization_config": quantization, "device": device if quantization else None}
+        options |= {"config": pipeline.path, "subfolder": "transformer", "torch_dtype": dtype}
+        transformer = ZImageTransformer2DModel.from_single_file(read_transformer_file(pipeline, dtype), **options)
+    if precision in ("fp8", "int8"):
+        quantize(transformer, precision, device)
+    transformer.requires_grad_(False)
+    if not quantization and not run.sharded:  # which takes it to the device in parts
+        transformer.to(device)
     if args.attention_backend or args.enable_npu_flash_attention:
         transformer.set_attention_backend(args.attention_backend or "_native_npu")
-
-
-def load_transformer(run: Run) -> ZImageTransformer2DModel:
-    """The frozen transformer, in the training precision or quantized, on the device. Raises UserError."""
-    args, device = run.args, run.accelerator.device
-    quantization = quantization_config(run)
-    kwargs = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    transformer = load_transformer_weights(run.pipeline, run.weight_dtype, **kwargs)
-    transformer.requires_grad_(False)
-    if args.base_model_precision in ("fp8", "int8"):
-        quantize(transformer, args.base_model_precision, device)
-    if not quantization and not run.sharded:
-        transformer.to(device)
-    set_attention_backend(transformer, args)
     if run.checkpointed_fraction:
-        keeps_rng = args.lora_dropout > 0
-        checkpoint_blocks(
-            transformer, run.checkpointed_fraction, not run.sharded, run.offloads, preserve_rng_state=keeps_rng
-        )
+        checkpoint_blocks(transformer, run)
     return transformer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA and its files
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def names_module(name: str, path: str) -> bool:
-    """Whether `name` means the module at `path`: `to_q`, `layers.0.attention.to_q`, `layers.0.to_q` or `layers.0`."""
-    if f".{name}." in f".{path}.":
-        return True
-    parts = name.split(".")
-    return any(
-        path.startswith(".".join(parts[:i]) + ".") and path.endswith("." + ".".join(parts[i:]))
-        for i in range(1, len(parts))
-    )
 
 
 Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs)}
@@ -2195,243 +2144,163 @@ def linear_layers(config: dict[str, Any]) -> Linear:
     return {name: (m.in_features, m.out_features) for name, m in modules if isinstance(m, torch.nn.Linear)}
 
 
+OTHER_NAMES = {  # that --lora_layers takes: {name, or its end: what it means here}
+    "all-linear": ("layers", "noise_refiner", "context_refiner"),
+    "ff.net.0.proj": ("feed_forward.w1", "feed_forward.w3"),
+    "ff.net.2": ("feed_forward.w2",),
+}
+
+
 def resolve_lora_layers(names: str, linear: Linear) -> Targets:
     """The layers that `--lora_layers` means. Raises UserError.
 
-    A name is a path, the end of one, or a path and an end (`layers.0.to_q`). The feed-forward names of other models
-    (`ff.net.0.proj`, `ff.net.2`) mean this model's.
+    A name is a path or part of one, and a dot in it, but that before a number, can stand for more of the path:
+    `layers.0.to_q` is `layers.0.attention.to_q`.
     """
-    resolved = {}
-    for requested in filter(None, (name.strip() for name in names.split(","))):
-        own = [requested] if requested != "all-linear" else ["layers", "noise_refiner", "context_refiner"]
-        for foreign, ours in {"ff.net.0.proj": ("w1", "w3"), "ff.net.2": ("w2",)}.items():
-            if requested == foreign or requested.endswith("." + foreign):
-                own = [requested.removesuffix(foreign) + f"feed_forward.{w}" for w in ours]
-                logger.info(f"--lora_layers: {requested} is {' and '.join(own)} in this model")
-        resolved[requested] = {path: sum(linear[path]) for path in linear if any(names_module(n, path) for n in own)}
-        if not resolved[requested]:
+    targets = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        meant = [name]
+        for other, ours in OTHER_NAMES.items():
+            if f".{name}".endswith(f".{other}"):
+                meant = [name.removesuffix(other) + layer for layer in ours]
+                logger.info(f"--lora_layers: {name} is {' and '.join(meant)} in this model")
+        pattern = "|".join(re.sub(r"\\\.(?!\d)", r"\\.(?:.+\\.)?", re.escape(one)) for one in meant)
+        found = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
+        targets[name] = {path: sum(sizes) for path, sizes in linear.items() if found.search(path)}
+        if not targets[name]:
             known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
-            near = difflib.get_close_matches(requested, known, n=4, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "try to_q, to_k, to_v, to_out.0 or feed_forward.w1"
-            raise UserError(f"--lora_layers: {requested!r} matches no linear layer of the transformer: {hint}")
-    if not resolved:
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or ["to_q", "to_out.0", "feed_forward.w1"]
+            raise UserError(f"--lora_layers: {name!r} matches no linear layer: did you mean {', '.join(near)}?")
+    if not targets:
         raise UserError("--lora_layers is empty: try to_k,to_q,to_v,to_out.0")
-    return resolved
+    return targets
 
 
 def find_lora_file(path: str, cache_dir: str | None) -> Path:
     """The file that is given by its path, its folder's, or `OWNER/NAME` or `OWNER/NAME/FILE` on the Hub."""
     parts = path.split("/", 2)
-    if not os.path.exists(path) and (len(parts) == 1 or parts[0] in ("", ".", "..")):
-        raise UserError("there is no such file")
     if not os.path.exists(path):
-        pattern = parts[2] if parts[2:] else "*.safetensors"
-        path = snapshot_download("/".join(parts[:2]), allow_patterns=pattern, cache_dir=cache_dir)
-        path = os.path.join(path, *parts[2:])
-    if not os.path.isdir(path):
-        return Path(path)
-    files = [Path(path, LORA_FILE)] if Path(path, LORA_FILE).is_file() else sorted(Path(path).rglob("*.safetensors"))
+        if len(parts) == 1 or parts[0] in ("", ".", ".."):
+            raise UserError("there is no such file")
+        patterns = parts[2:] or ["*.safetensors"]
+        folder = snapshot_download("/".join(parts[:2]), allow_patterns=patterns, cache_dir=cache_dir)
+        path = os.path.join(folder, *parts[2:])
+    files = sorted(Path(path).rglob("*.safetensors")) if os.path.isdir(path) else [Path(path)]
+    if Path(path, LORA_FILE) in files:
+        return Path(path, LORA_FILE)
     if len(files) != 1:
-        raise UserError(f"name one of its files: {', '.join(map(str, files[:9])) or 'it has no safetensors file'}")
+        raise UserError(f"name one of its files: {listed(map(str, files)) or 'it has no safetensors file'}")
     return files[0]
 
 
 LORA_NAME = re.compile(
     r"(?:(?:transformer|base_model\.model|(?:model\.)?diffusion_model)\.|lora_(?:unet|transformer)_)?"
-    r"(.+?)\.(lora_A|lora[_.]down|lora_B|lora[_.]up|alpha)(?:\.default)?(?:\.weight)?"
+    r"(.+?)\.(?:(lora_A|lora[_.]down)|(lora_B|lora[_.]up)|alpha)(?:\.default)?(?:\.weight)?"
 )
-OTHER_ADAPTERS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitude_vector": "a DoRA"}
+ADAPTER_KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitude_vector": "a DoRA",
+                 "lora": "a LoRA of another model", "": "no LoRA"}  # fmt: skip
 
 
 def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
-    """A LoRA under diffusers', ComfyUI's or kohya's names: its float32 matrices under PEFT's, and {module: alpha}.
-
-    ComfyUI and kohya may name the original model's modules, where one matrix gives q, k and v. Raises UserError.
-    """
-    header = safetensors_header(path)
-    flat = {module.replace(".", "_"): [module] for module in linear}
-    flat |= {re.sub(r"^all_|_2-1|to_(?=out_0)|(?<=out)_0$", "", name): modules for name, modules in flat.items()}
-    fused = {name: modules[0] for name, modules in flat.items() if name.endswith("attention_to_q")}
-    flat |= {n.replace("to_q", "qkv"): [q.replace("to_q", f"to_{x}") for x in "qkv"] for n, q in fused.items()}
-    state, alphas = {}, {}
-    for name, tensor in sorted(load_file(path).items(), key=lambda item: "qkv" not in item[0]):  # split ones win
+    """A LoRA of diffusers, ComfyUI or kohya: float32 matrices by PEFT's names, {module: alpha}. Raises UserError."""
+    header, known, state, alphas = safetensors_header(path), names_in_files(linear), {}, {}
+    for name, tensor in load_file(path).items():
         match = LORA_NAME.fullmatch(name)
-        modules = match and flat.get(match[1].replace(".", "_"))
+        modules = match and known.get(match[1].replace(".", "_"))
         if not modules:
-            kinds = {**OTHER_ADAPTERS, "lora": "a LoRA of another model", "": "no LoRA"}
-            raise UserError(f"{path} is {next(kind for part, kind in kinds.items() if part in name)}: it holds {name}")
-        side = "B" if match[2] in ("lora_B", "lora_up", "lora.up") else "A"
-        parts = tensor.float().chunk(len(modules)) if side == "B" else [tensor.float()] * len(modules)
-        for module, part in zip(modules, parts, strict=True):
-            if match[2] == "alpha":
-                alphas[module] = part.item()
-            else:
-                state[f"{module}.lora_{side}.weight"] = part
+            kind = next(kind for part, kind in ADAPTER_KINDS.items() if part in name)
+            raise UserError(f"{path} is {kind}: it holds {name}")
+        part = {1: "alpha", 2: "lora_A.weight", 3: "lora_B.weight"}[match.lastindex]
+        parts = tensor.float().chunk(len(modules)) if part == "lora_B.weight" else [tensor.float()] * len(modules)
+        state |= {f"{module}.{part}": one for module, one in zip(modules, parts, strict=True)}
     saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
     saved = {name.removeprefix("transformer."): value for name, value in saved.items()}
-    patterns = [*saved.get("alpha_pattern", {}).items(), ("", saved.get("lora_alpha"))]
-    for module in {name.rpartition(".lora_")[0] for name in state}:
+    for module in sorted({name.removesuffix(".weight").rpartition(".")[0] for name in state}):
         down, up = (state.get(f"{module}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
         shape = (down.shape[1], up.shape[0])
         if shape != linear[module] or len(down) != up.shape[1]:
             raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {linear[module]}")
-        by_metadata = next(alpha for end, alpha in patterns if re.search(rf"(^|\.){end}$", module) or not end)
-        alphas[module] = (alphas.get(module) or by_metadata or len(down)) * (
-            len(down) ** 0.5 if saved.get("use_rslora") else 1
-        )
+        patterns = saved.get("alpha_pattern", {}).items()
+        by_pattern = next((alpha for end, alpha in patterns if re.search(rf"(^|\.){end}$", module)), None)
+        alpha = state.pop(f"{module}.alpha", None) or by_pattern or saved.get("lora_alpha") or len(down)
+        alphas[module] = float(alpha) * (len(down) ** 0.5 if saved.get("use_rslora") else 1)
     return state, alphas
 
 
 def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, Any]) -> LoraSettings:
     """What the LoRA is: as the flags say, where they are silent as the file of `--init_lora`. Raises UserError."""
-    linear, path = linear_layers(transformer_config), args.init_lora
+    linear = linear_layers(transformer_config)
     names = "to_k,to_q,to_v,to_out.0" if args.lora_layers is None else args.lora_layers
     targets = resolve_lora_layers(names, linear)
-    if path is None:
+    if args.init_lora is None:
         return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets)
-    with user_errors(f"--init_lora {path}", UserError, Exception):
-        file = find_lora_file(path, args.cache_dir)
+    with user_errors(f"--init_lora {args.init_lora}", UserError, Exception):
+        file = find_lora_file(args.init_lora, args.cache_dir)
         state, alphas = read_lora(file, linear)
-    ranks = sorted({len(matrix) for name, matrix in state.items() if ".lora_A." in name})
-    if ranks != [args.rank or ranks[0]]:
-        given = f"--rank {args.rank}: leave that out" if args.rank else "one for all: resize it"
-        raise UserError(f"--init_lora {path} has rank {', '.join(map(str, ranks))}, not {given}")
-    if args.lora_layers is None:
-        targets = {}
-        for module in sorted(alphas):  # by their ends, as a person would name them
-            targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
-    lora = LoraSettings(
-        ranks[0], args.lora_alpha or statistics.mode(alphas.values()), targets, state, file_digest(file)
-    )
-    if other := sorted(set(lora.modules) ^ set(alphas)):
-        raise UserError(
-            f"--init_lora {path} is on {len(alphas)} layers, --lora_layers {args.lora_layers} on {len(lora.modules)} "
-            f"(not both have {other[0]}): leave that out"
-        )
-    for module, alpha in alphas.items():
-        state[f"{module}.lora_B.weight"] *= alpha / lora.alpha
+        ranks = sorted({len(matrix) for name, matrix in state.items() if ".lora_A." in name})
+        if ranks != [args.rank or ranks[0]]:
+            wanted = f"--rank {args.rank}: leave that out" if args.rank else "one for all: resize it"
+            raise UserError(f"it has rank {', '.join(map(str, ranks))}, not {wanted}")
+        alpha = args.lora_alpha or statistics.mode(alphas.values())
+        for module in alphas:
+            state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
+        if args.lora_layers is None:
+            targets = {}
+            for module in alphas:  # by their ends, as a person would name them
+                targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
+        lora = LoraSettings(ranks[0], alpha, targets, state, file_digest(file))
+        if set(lora.modules) != set(alphas):
+            raise UserError(
+                f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: leave that out"
+            )
     return lora
-
-
-def disable_input_casts(transformer: ZImageTransformer2DModel) -> None:
-    """PEFT casts a layer's input to float32 before autocast casts it back: keep it from that."""
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
-
-
-def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.Parameter]:
-    """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters."""
-    torch.manual_seed(run.seed)
-    transformer.add_adapter(
-        LoraConfig(
-            r=run.lora.rank,
-            lora_alpha=run.lora.alpha,
-            lora_dropout=run.args.lora_dropout,
-            init_lora_weights="gaussian",  # the model starts unchanged
-            target_modules=run.lora.modules,
-        )
-    )
-    if run.lora.initial:
-        set_peft_model_state_dict(transformer, run.lora.initial)
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
-        parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
-    disable_input_casts(transformer)
-    return parameters
-
-
-def freeze_base_adapter(transformer: ZImageTransformer2DModel) -> None:
-    """PEFT makes every active adapter trainable: not this one."""
-    for name, parameter in transformer.named_parameters():
-        if ".base." in name:
-            parameter.requires_grad_(False)
 
 
 def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
     """The matrices of `--base_adapter`, times alpha / rank and its weight. Raises UserError."""
-    path, _, weight = args.base_adapter.rpartition(":")
-    try:
-        weight = float(weight)
-    except ValueError:
-        path, weight = args.base_adapter, 1.0
+    path, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", args.base_adapter).groups("1")
     with user_errors(f"--base_adapter {args.base_adapter}", UserError, Exception):
-        if not math.isfinite(weight):
-            raise UserError("its weight is not a number")
         state, alphas = read_lora(find_lora_file(path, args.cache_dir), linear)
-    for module, alpha in alphas.items():
-        state[f"{module}.lora_B.weight"] *= weight * alpha / len(state[f"{module}.lora_A.weight"])
+        for module, alpha in alphas.items():
+            state[f"{module}.lora_B.weight"] *= float(weight) * alpha / len(state[f"{module}.lora_A.weight"])
     return state
 
 
-def load_base_adapter(transformer: ZImageTransformer2DModel, run: Run) -> None:
-    """Put `--base_adapter` on as a second LoRA that stays as it is, for training alone. Raises UserError."""
-    state = read_base_adapter(run.args, linear_layers(run.pipeline.transformer_config))
-    transformer.load_lora_adapter(state, adapter_name="base", prefix=None)
-    transformer.set_adapters(["default", "base"])
-    freeze_base_adapter(transformer)
-    disable_input_casts(transformer)
+def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.Parameter]:
+    """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters.
 
-
-def lora_metadata(transformer: ZImageTransformer2DModel) -> dict[str, Any]:
-    """The adapter's settings as diffusers stores them in the file: those that every version of PEFT knows."""
-    config = transformer.peft_config["default"]
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,  # of training alone: diffusers would go on dropping when it draws
-        "target_modules": sorted(config.target_modules),
-    }
+    `--base_adapter` becomes a second one, which stays as it is. Raises UserError.
+    """
+    lora, options = run.lora, {"lora_dropout": run.args.lora_dropout, "init_lora_weights": "gaussian"}
+    torch.manual_seed(run.seed)
+    transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.modules, **options))
+    if lora.initial:
+        set_peft_model_state_dict(transformer, lora.initial)
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
+        parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
+    if run.args.base_adapter:
+        state = read_base_adapter(run.args, linear_layers(run.pipeline.transformer_config))
+        transformer.load_lora_adapter(state, adapter_name="base", prefix=None)
+        transformer.set_adapters(["default", "base"])
+        set_requires_grad(transformer, "base", False)  # PEFT makes every active adapter trainable
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # or PEFT would cast its input to float32, and autocast back
+    return parameters
 
 
 def save_lora(transformer: ZImageTransformer2DModel, file: Path, dtype: torch.dtype) -> State:
-    """Write the LoRA as `ZImagePipeline.load_lora_weights` reads it.
-
-    Returns its tensors, under the names of the model's modules.
-    """
+    """Write the LoRA as `ZImagePipeline.load_lora_weights` reads it. Returns its tensors, by the model's names."""
+    config = transformer.peft_config["default"]
     state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    # What every version of PEFT knows; dropout is of training alone: diffusers would go on dropping when it draws.
+    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
+    settings["target_modules"] = sorted(config.target_modules)
     ZImagePipeline.save_lora_weights(
-        file.parent,
-        transformer_lora_layers=state,
-        weight_name=file.name,
-        transformer_lora_adapter_metadata=lora_metadata(transformer),
+        file.parent, state, weight_name=file.name, transformer_lora_adapter_metadata=settings
     )
     return state
-
-
-def load_lora(transformer: ZImageTransformer2DModel, folder: Path) -> None:
-    """Load what `save_lora` wrote into the adapter. Raises UserError where it belongs to another model."""
-    state = {k.removeprefix("transformer."): v for k, v in load_file(Path(folder, LORA_FILE)).items()}
-    expected = get_peft_model_state_dict(transformer)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        raise UserError(f"{folder}: its LoRA does not fit this model, --rank and --lora_layers")
-    set_peft_model_state_dict(transformer, state)
-
-
-def lora_modules(state: State) -> list[str]:
-    """The names of the modules that a LoRA changes."""
-    return [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-
-
-def lora_effect(state: State, module: str) -> Tensor:
-    """What the pair of matrices does to a vector of ones, [out], before scaling."""
-    down, up = (state[f"{module}.lora_{part}.weight"].float() for part in "AB")
-    return up @ down.sum(1)
-
-
-def comfyui_state(state: State, alpha: float) -> State:
-    """The LoRA as ComfyUI names it: `diffusion_model.` keys, and `--lora_alpha` as a tensor for each pair."""
-    alphas = {f"{name}.alpha": torch.tensor(float(alpha)) for name in lora_modules(state)}
-    return {f"diffusion_model.{name}": tensor for name, tensor in {**state, **alphas}.items()}
-
-
-def check_file(file: Path, state: State, scale: float, scale_as_read: float) -> None:
-    """Load a LoRA file as diffusers does, and compare it with the tensors in memory. Raises TrainingError."""
-    loaded = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
-    for name in lora_modules(state):
-        expected = scale * lora_effect(state, name)
-        if (scale_as_read * lora_effect(loaded, name) - expected).norm() > 0.02 * expected.norm():
-            raise TrainingError(f"{file} does not read back as it was written: {name}")
 
 
 def comfyui_file(output_dir: str, suffix: str = "") -> str:
@@ -2443,42 +2312,42 @@ def comfyui_file(output_dir: str, suffix: str = "") -> str:
 def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Run) -> Path:
     """Write the LoRA for ComfyUI, with what model managers show of it and nothing private. Returns the file."""
     args, side = run.args, round_size(run.args.resolution[-1])
-    state = {
-        name: tensor.to("cpu", run.saving_dtype) for name, tensor in get_peft_model_state_dict(transformer).items()
-    }
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "z-image/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": Path(args.output_dir).resolve().name + suffix,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    state = {name: t.to("cpu", run.saving_dtype) for name, t in get_peft_model_state_dict(transformer).items()}
+    pairs = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    state |= {f"{module}.alpha": torch.tensor(float(run.lora.alpha)) for module in pairs}  # which ComfyUI asks for
+    about = {"sai_model_spec": "1.0.0", "architecture": "z-image/lora", "implementation": "diffusers"}
+    about |= {"title": Path(args.output_dir).resolve().name + suffix, "resolution": f"{side}x{side}"}
+    about |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
     if args.push_to_hub and args.instance_prompt:
-        metadata["modelspec.trigger_phrase"] = args.instance_prompt
+        about["trigger_phrase"] = args.instance_prompt
+    metadata = {"format": "pt"} | {f"modelspec.{name}": value for name, value in about.items()}
     name = comfyui_file(args.output_dir, suffix)
     with OutputFolder(args.output_dir).writing(name) as part:
-        save_file(comfyui_state(state, run.lora.alpha), part, metadata=metadata)
+        save_file({f"diffusion_model.{name}": tensor for name, tensor in state.items()}, part, metadata)
     return Path(args.output_dir, name)
 
 
-def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
-    """Write the LoRA, also for ComfyUI if that works, load both again and compare them with the model in memory.
+def check_file(file: Path, state: State, run: Run) -> None:
+    """Whether a LoRA file holds what is in memory. Raises TrainingError."""
+    found, alphas = read_lora(file, linear_layers(run.pipeline.transformer_config))
+    same = found.keys() == state.keys() and all(torch.equal(found[name], state[name].float()) for name in state)
+    if not same or any(not math.isclose(alpha, run.lora.alpha, rel_tol=1e-6) for alpha in alphas.values()):
+        raise TrainingError(f"{file} does not read back as it was written")
 
-    Raises TrainingError.
-    """
-    output, scale = OutputFolder(run.args.output_dir), run.lora.alpha / run.lora.rank
+
+def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
+    """Write the LoRA, also for ComfyUI if that works, and read both again to compare. Raises TrainingError."""
+    output = OutputFolder(run.args.output_dir)
     try:
         with output.writing(LORA_FILE) as part:
             state = save_lora(transformer, part, run.saving_dtype)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{output.path}: the LoRA could not be saved ({first_line(error)})") from None
-    check_file(output.path / LORA_FILE, state, scale, scale_as_read=scale)
+    check_file(output.path / LORA_FILE, state, run)
     logger.info(f"The LoRA is in {output.path / LORA_FILE}")
     with optional("The file for ComfyUI"):
         file = save_for_comfyui(transformer, "", run)
-        check_file(file, state, scale, scale_as_read=1.0)  # an alpha inside is folded into A and B
+        check_file(file, state, run)
         logger.info(f"For ComfyUI it is in {file}")
 
 
@@ -2509,11 +2378,10 @@ class MicroBatch:
 
 def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None = None) -> Tensor:
     """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
-    if shift is None:
-        return scheduler.sigmas.flip(0)
-    steps = scheduler.config.num_train_timesteps
-    sigmas = torch.arange(1, steps + 1) / steps
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    if shift is not None:
+        config = scheduler.config | {"shift": shift, "use_dynamic_shifting": False}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    return scheduler.sigmas.flip(0)
 
 
 def sample_sigma(sigmas: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
@@ -2525,11 +2393,7 @@ def sample_sigma(sigmas: Tensor, args: argparse.Namespace, generator: torch.Gene
 
 
 def predict_velocity(
-    transformer: ZImageTransformer2DModel,
-    latents: Tensor,
-    sigmas: Tensor,
-    prompt_embeds: list[Tensor],
-    dtype: torch.dtype,
+    transformer: torch.nn.Module, latents: Tensor, sigmas: Tensor, prompt_embeds: list[Tensor], dtype: torch.dtype
 ) -> Tensor:
     """The model's velocity d x_sigma / d sigma, [B, C, h, w] float32: its calling convention lives here alone.
 
@@ -2538,12 +2402,8 @@ def predict_velocity(
     """
     assert latents.ndim == 4 and sigmas.shape == (len(latents),) and len(prompt_embeds) == len(latents)
     assert all(embed.ndim == 2 for embed in prompt_embeds)
-    output = transformer(
-        list(latents.to(dtype).unsqueeze(2).unbind(0)),
-        (1000 - sigmas * 1000) / 1000,
-        prompt_embeds,
-        return_dict=False,
-    )[0]
+    frames, times = list(latents.to(dtype).unsqueeze(2)), (1000 - sigmas * 1000) / 1000
+    output = transformer(frames, times, [embed.to(dtype) for embed in prompt_embeds], return_dict=False)[0]
     velocity = -torch.stack(output).squeeze(2).float()
     assert velocity.shape == latents.shape
     return velocity
@@ -2569,25 +2429,20 @@ def flow_matching_loss(
 
 
 def training_loss(
-    transformer: ZImageTransformer2DModel,
-    vae: AutoencoderKL | None,
-    batch: MicroBatch,
-    weighting_scheme: str,
-    run: Run,
+    transformer: ZImageTransformer2DModel, vae: AutoencoderKL | None, batch: MicroBatch, scheme: str, run: Run
 ) -> Tensor:
     """The micro-batch's weighted sum of losses, a scalar: summed over an update, it is the objective."""
-    noise, sigmas, weights = batch.noise, batch.sigmas, batch.weights
+    noise, sigmas = batch.noise, batch.sigmas
     latents = encode_images(vae, batch.pixels, run) if batch.latents is None else batch.latents
     latents, masks = latents.split([noise.shape[1], latents.shape[1] - noise.shape[1]], dim=1)
-    assert latents.shape == noise.shape and weights.shape == sigmas.shape == (len(latents),)
+    assert latents.shape == noise.shape and batch.weights.shape == sigmas.shape == (len(latents),)
     level = sigmas[:, None, None, None]
     noisy_latents = (1 - level) * latents + level * noise
-    prompt_embeds = [embed.to(run.weight_dtype) for embed in batch.prompt_embeds]
     with run.accelerator.autocast():
-        velocity = predict_velocity(transformer, noisy_latents, sigmas, prompt_embeds, run.weight_dtype)
+        velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds, run.weight_dtype)
     mask = mask_weights(masks, run.args.unmasked_weight) if masks.shape[1] else 1
-    losses = flow_matching_loss(velocity, latents, noise, sigmas, weighting_scheme, mask)
-    return (weights * losses).sum()
+    losses = flow_matching_loss(velocity, latents, noise, sigmas, scheme, mask)
+    return (batch.weights * losses).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2828,97 +2683,48 @@ class OnePromptAtATime(torch.nn.Module):
 
 
 def draw_latents(
-    transformer: ZImageTransformer2DModel,
-    drawing: Drawing,
-    generators: list[torch.Generator],
-    prompt_embeds: dict[str, Tensor],
-    run: Run,
+    transformer: ZImageTransformer2DModel, drawing: Drawing, seeds: list[int], embeds: dict[str, Tensor], run: Run
 ) -> list[Tensor]:
-    """Latents [C, h, w] on the CPU of pictures of a prompt, one for each generator.
-
-    The noise is drawn on the CPU, so that it is the same on every device.
-    """
-    height, width = drawing.size
+    """Latents [C, h, w] on the CPU of pictures of a prompt, from the noise of each seed, the same on every device."""
+    device, prompts = run.accelerator.device, (drawing.prompt, drawing.negative_prompt)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
-    pipeline = ZImagePipeline(
-        scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=OnePromptAtATime(transformer)
-    )
-    pipeline.vae_scale_factor = run.pipeline.vae_scale_factor
+    pipeline = ZImagePipeline(scheduler, None, None, None, OnePromptAtATime(transformer))
     pipeline.set_progress_bar_config(disable=True)
-    embed, negative = (
-        prompt_embeds[text].to(run.accelerator.device, transformer.dtype)
-        for text in (drawing.prompt, drawing.negative_prompt)
-    )
-    noise = torch.stack([torch.randn(run.pipeline.latent_shape(drawing.size), generator=g) for g in generators])
+    embed, negative = ([embeds[prompt].to(device, transformer.dtype)] * len(seeds) for prompt in prompts)
+    shape, generators = run.pipeline.latent_shape(drawing.size), [torch.Generator().manual_seed(s) for s in seeds]
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
         latents = pipeline(
-            prompt_embeds=[embed] * len(generators),
-            negative_prompt_embeds=[negative] * len(generators),
-            height=height,
-            width=width,
-            guidance_scale=drawing.guidance,
+            height=drawing.size[0],
+            width=drawing.size[1],
             num_inference_steps=drawing.steps,
-            latents=noise.to(run.accelerator.device),
+            guidance_scale=drawing.guidance,
+            latents=torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device),
+            prompt_embeds=embed,
+            negative_prompt_embeds=negative,
             output_type="latent",
         ).images
     return list(latents.float().cpu())
 
 
-def class_image_path(folder: Path, number: int) -> Path:
-    """The file of a generated class picture."""
-    return folder / f"class-{number:05d}.png"
-
-
-def load_drawing_transformer(pipeline: PipelineInfo, dtype: torch.dtype | None, run: Run) -> ZImageTransformer2DModel:
-    """A transformer for pictures alone, on the device: in the training's base precision, or in `dtype`."""
-    if dtype is None:
-        transformer = load_transformer(dataclasses.replace(run, pipeline=pipeline))
-    else:
-        transformer = load_transformer_weights(pipeline, dtype).requires_grad_(False)
-        set_attention_backend(transformer, run.args)
-    if run.sharded or dtype:
-        transformer.to(run.accelerator.device)
-    return transformer.eval()
-
-
-@contextlib.contextmanager
-def set_aside(transformer: ZImageTransformer2DModel, run: Run) -> Iterator[None]:
-    """The transformer waits in host memory, while the device has another model."""
-    transformer.to("cpu")
-    release_memory()
-    try:
-        yield
-    finally:
-        release_memory()
-        transformer.to(run.accelerator.device)
-
-
-CLASS_IMAGES_AT_ONCE = 16  # so many are drawn before the transformer makes room for the VAE, and they are saved
-
-
 def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
-    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes.
-
-    Transformer and VAE are on the device by turns.
-    """
-    args, folder = run.args, Path(run.args.class_data_dir)
+    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
+    args, size = run.args, run.args.sample_batch_size
     dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
-    transformer = load_drawing_transformer(run.pipeline, dtype, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = [number for number in range(args.num_class_images) if not class_image_path(folder, number).exists()]
+    transformer = load_transformer(run, dtype).to(run.accelerator.device)
+    Path(args.class_data_dir).mkdir(parents=True, exist_ok=True)
+    files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
+    free = [number for number, file in enumerate(files) if not file.exists()]
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
-    own, size = run.own_part(free[:missing]), args.sample_batch_size
-    batches = [own[first : first + size] for first in range(0, len(own), size)]
-    drawn, drawing = {}, drawing_of(args.class_prompt, args, own=True)
-    for numbers in with_progress(batches, "batches of class pictures", run.accelerator):
-        generators = [seeded_generator(run.seed, "class image", number) for number in numbers]
-        latents = draw_latents(transformer, drawing, generators, prompt_embeds, run)
-        drawn |= zip(numbers, latents, strict=True)
-        if len(drawn) >= CLASS_IMAGES_AT_ONCE or numbers is batches[-1]:
-            with set_aside(transformer, run):
+    own, drawn, drawing = run.own_part(free[:missing]), {}, drawing_of(args.class_prompt, args, own=True)
+    for first in with_progress(range(0, len(own), size), "batches of class pictures", run.accelerator):
+        numbers = own[first : first + size]
+        seeds = [digest_number(run.seed, "class image", number) for number in numbers]
+        drawn |= zip(numbers, draw_latents(transformer, drawing, seeds, prompt_embeds, run), strict=True)
+        if len(drawn) >= 16 or first + size >= len(own):  # transformer and VAE are on the device by turns
+            with training_utils.offload_models(transformer, device="cpu"):
                 images = decode_latents(list(drawn.values()), run)
             for number, image in zip(drawn, images, strict=True):
-                with replacing(class_image_path(folder, number)) as part:
+                with replacing(files[number]) as part:
                     image.save(part)
             drawn.clear()
     del transformer
@@ -2929,25 +2735,22 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
 @contextlib.contextmanager
 def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
     """The transformer as it will be used: in eval mode, without `--base_adapter`; afterwards as before."""
-    layers = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
-    scales = [layer.scaling["base"] for layer in layers]
+    helped = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
     transformer.eval()
-    for layer in layers:
+    for layer in helped:
         layer.scaling["base"] = 0.0
     try:
         with torch.no_grad():
             yield
     finally:
-        for layer, scale in zip(layers, scales):
-            layer.scaling["base"] = scale
+        for layer in helped:
+            layer.scaling["base"] = 1.0  # its alpha and weight are in its matrices
         transformer.train()
 
 
-def with_same_lora(
-    transformer: ZImageTransformer2DModel, pipeline: PipelineInfo, run: Run
-) -> ZImageTransformer2DModel:
-    """Another pipeline's transformer, for pictures, with the LoRA of the one in training."""
-    drawing = load_drawing_transformer(pipeline, None, run)
+def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTransformer2DModel:
+    """The transformer of `run.pipeline`, for pictures, with the LoRA of the one in training."""
+    drawing = load_transformer(run)
     with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
@@ -3103,9 +2906,9 @@ def draw_jobs(
         for prompt, number in own if transformer else []:
             with optional("Drawing a picture"):
                 seed = run.seed if prompts[prompt].seed is None else prompts[prompt].seed
-                generator = torch.Generator().manual_seed(seed + number)
-                latents = draw_latents(transformer, prompts[prompt], [generator], prompt_embeds, run)
-                drawn[prompt, number] = latents[0]
+                (drawn[prompt, number],) = draw_latents(
+                    transformer, prompts[prompt], [seed + number], prompt_embeds, run
+                )
     return drawn
 
 
@@ -3124,13 +2927,13 @@ def draw_validation_images(
     """
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
     pipeline, drawing, images = validation_pipeline(run), transformer, []
-    other = pipeline is not run.pipeline
-    with eval_mode(transformer), set_aside(transformer, run) if other else contextlib.nullcontext():
+    drawing_run, other = dataclasses.replace(run, pipeline=pipeline), pipeline is not run.pipeline
+    with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
         if other:
             drawing = None
             with optional("Loading --validation_model_path"):
-                drawing = with_same_lora(transformer, pipeline, run)
-        drawn = draw_jobs(drawing, jobs, prompts, prompt_embeds, stop, dataclasses.replace(run, pipeline=pipeline))
+                drawing = with_same_lora(transformer, drawing_run)
+        drawn = draw_jobs(drawing, jobs, prompts, prompt_embeds, stop, drawing_run)
         del drawing  # before the VAE comes
         with optional("Decoding the pictures"):
             images = decode_latents(list(drawn.values()), run)
@@ -3190,7 +2993,7 @@ class Validation:
                 self.transformer.disable_adapters()
                 self.base = held_out_loss(self.transformer, data, run)
                 self.transformer.enable_adapters()
-            freeze_base_adapter(self.transformer)
+            set_requires_grad(self.transformer, "base", False)
 
     def __call__(self, step: int, final: bool = False) -> list[Path]:
         """Validate at `step`; returns the files of the pictures, on the main process."""
@@ -3372,7 +3175,8 @@ class TrainingState:
 
         Learning rates stay the command line's: its schedule is a function of the step and needs no state.
         """
-        load_lora(self.transformer, folder)
+        lora = {name.removeprefix("transformer."): t for name, t in load_file(folder / LORA_FILE).items()}
+        set_peft_model_state_dict(self.transformer, lora)
         with user_errors(f"{folder / STATE_FILE} is not a training state of tensors and plain values"):
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
             rates = [group["initial_lr"] for group in self.optimizer.param_groups]
@@ -3509,8 +3313,6 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
     args, transformer = run.args, load_transformer(run)
     parameters = add_lora(transformer, run)
-    if args.base_adapter:
-        load_base_adapter(transformer, run)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
     lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
     scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
@@ -3806,8 +3608,6 @@ def count_training(shapes: Shapes, processes: int, run: Run, counter: MemoryCoun
     # FSDP gathers a block while the one before it computes.
     elsewhere = frozen * (1 - 1 / processes - 2 / len(transformer_blocks(transformer))) if processes > 1 else 0
     parameters = add_lora(transformer, run)
-    if args.base_adapter:
-        load_base_adapter(transformer, run)
     optimizer = build_optimizer(parameters, args, args.learning_rate)
     vae = None if args.cache_latents else load_vae(run)
     average = [torch.zeros_like(parameter) for parameter in parameters] if args.ema_decay else []  # noqa: F841
@@ -3829,10 +3629,10 @@ def count_training(shapes: Shapes, processes: int, run: Run, counter: MemoryCoun
         stages["held out"] = counter.peak_since()
         del batch
     if shapes.drawn:
-        other = args.validation_model_path
-        with eval_mode(transformer), set_aside(transformer, run) if other else contextlib.nullcontext():
+        other = bool(args.validation_model_path)
+        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
             counter.peak_since()
-            drawing = with_same_lora(transformer, run.pipeline, run) if other else transformer
+            drawing = with_same_lora(transformer, run) if other else transformer
             count_picture(drawing, shapes.drawn, shapes.prompt, run)
             del drawing
             release_memory()
@@ -3862,7 +3662,7 @@ def count_memory(shapes: Shapes, run: Run, training_only: bool = False) -> dict[
         if shapes.class_picture and not training_only:
             release_memory()
             dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
-            drawing = load_drawing_transformer(run.pipeline, dtype, run)
+            drawing = load_transformer(run, dtype)
             count_picture(drawing, shapes.class_picture, shapes.prompt, run)
             del drawing
             release_memory()

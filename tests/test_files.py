@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import train_dreambooth_lora_z_image as trainer
 from running import error_line, fork_trainer
+from test_compile import make_run
 from tiny import lora_file, lora_metadata, lora_tensors, train_args
 
 
@@ -43,10 +44,8 @@ def as_diffusers(lora, alpha):
 
 
 def as_comfyui(lora, alpha):
-    state = trainer.comfyui_state(
-        {f"{m}.lora_{s}.weight": t for m, pair in lora.items() for s, t in zip("AB", pair)}, alpha
-    )
-    return state, {"format": "pt"}
+    state = {f"diffusion_model.{m}.lora_{s}.weight": t for m, pair in lora.items() for s, t in zip("AB", pair)}
+    return state | {f"diffusion_model.{m}.alpha": torch.tensor(alpha) for m in lora}, {"format": "pt"}
 
 
 def as_kohya(lora, alpha):
@@ -175,7 +174,7 @@ def test_what_differs_from_the_file_or_cannot_be_trained_on_is_refused_with_both
     text = refusal(kohya, "--rank=8")
     assert "rank 4" in text and "--rank 8" in text
     text = refusal(kohya, "--lora_layers=to_q,to_k")
-    assert f"{len(lora)} layers" in text and f"--lora_layers to_q,to_k on {len(lora) // 2}" in text
+    assert f"{len(lora)} layers" in text and f"the {len(lora) // 2} of --lora_layers" in text
     several = as_kohya(random_lora(config, 8, [f"{ATTENTION}.to_q"]), 2.0)[0]
     assert "rank 4, 8" in refusal(kohya | several)
     for part, kind in {"lokr_w1": "LoKr", "hada_w1_a": "LoHa", "dora_scale": "DoRA"}.items():
@@ -222,7 +221,7 @@ def test_a_lora_is_found_by_its_folder_and_on_the_hub(tmp_path, monkeypatch):
     assert trainer.find_lora_file(str(tmp_path), None) == tmp_path / "one.safetensors"
     assert trainer.find_lora_file("someone/lora", "cache") == tmp_path / "one.safetensors"
     assert trainer.find_lora_file("someone/lora/files/two.safetensors", None) == tmp_path / "files" / "two.safetensors"
-    assert asked == [("someone/lora", "*.safetensors", "cache"), ("someone/lora", "files/two.safetensors", None)]
+    assert asked == [("someone/lora", ["*.safetensors"], "cache"), ("someone/lora", ["files/two.safetensors"], None)]
     (tmp_path / "three.safetensors").touch()
     with pytest.raises(trainer.UserError, match="one.safetensors.*three.safetensors"):
         trainer.find_lora_file(str(tmp_path), None)
@@ -256,7 +255,7 @@ def test_our_file_our_comfyui_file_and_a_kohya_named_one_give_the_same_velocity(
     for file in (path, lora_file(out), out / "comfyui" / "out.safetensors"):
         transformer = trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
         accelerator = SimpleNamespace(device=torch.device("cpu"))
-        lora, args = settings(config, f"--init_lora={file}"), SimpleNamespace(lora_dropout=0.0)
+        lora, args = settings(config, f"--init_lora={file}"), SimpleNamespace(lora_dropout=0.0, base_adapter=None)
         trainer.add_lora(transformer, SimpleNamespace(lora=lora, args=args, seed=0, accelerator=accelerator))
         generator = torch.Generator().manual_seed(0)
         latents, embed = (torch.randn(shape, generator=generator) for shape in ((1, 16, 4, 4), (7, 32)))
@@ -386,12 +385,13 @@ def save(state, path, metadata=None):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_form_of_file_gives_the_same_transformer(form, dtype, weights, config, tiny_model, tmp_path):
+def test_each_form_of_file_gives_the_same_transformer(form, dtype, weights, tiny_model, tmp_path):
     make, tolerance = FORMS[form]
-    pipeline = in_one_file(tiny_model, config, save(make(weights), tmp_path / "model.safetensors"))
-    shapes = trainer.read_transformer_file(pipeline)
+    path = save(make(weights), tmp_path / "model.safetensors")
+    run = make_run(tiny_model, {torch.float32: "no", torch.bfloat16: "bf16"}[dtype], transformer_path=path)
+    shapes = trainer.read_transformer_file(run.pipeline)
     assert all(tensor.is_meta for tensor in shapes.values())
-    loaded = trainer.load_transformer_weights(pipeline, dtype).state_dict()
+    loaded = trainer.load_transformer(run).state_dict()
     assert loaded.keys() == weights.keys() == shapes.keys()
     for name, tensor in loaded.items():
         assert tensor.dtype == dtype

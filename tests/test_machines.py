@@ -105,16 +105,16 @@ def break_something(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "broken", ["comfyui_state", "write_model_card", "draw_latents", "save_validation_images", "decode_latents"]
+    "broken", ["save_for_comfyui", "write_model_card", "draw_latents", "save_validation_images", "decode_latents"]
 )
 def test_what_comes_after_the_lora_may_break(broken, train, tmp_path, monkeypatch):
     save_result = trainer.save_result
 
     def save_and_break(*args):
-        if broken != "comfyui_state":
+        if broken != "save_for_comfyui":
             save_result(*args)
         monkeypatch.setattr(trainer, broken, break_something)
-        if broken == "comfyui_state":
+        if broken == "save_for_comfyui":
             save_result(*args)
 
     monkeypatch.setattr(trainer, "save_result", save_and_break)
@@ -499,7 +499,8 @@ def test_only_cuda_copies_to_the_host_without_waiting(monkeypatch):
     transformer = SimpleNamespace(
         noise_refiner=[], context_refiner=[], layers=[block], enable_gradient_checkpointing=given.append
     )
-    trainer.checkpoint_blocks(transformer, 1.0, on_host=True)
+    run = SimpleNamespace(checkpointed_fraction=1.0, sharded=False, offloads=True, args=parsed())
+    trainer.checkpoint_blocks(transformer, run)
     given[0](block, torch.zeros(1, 2)).sum().backward()
     assert pinned == [False]
 
@@ -737,9 +738,7 @@ def test_processes_without_a_device_for_each_are_refused(monkeypatch):
 )
 def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        trainer, "load_drawing_transformer", lambda pipeline, dtype, run: drawn.append(dtype) or torch.nn.Linear(1, 1)
-    )
+    monkeypatch.setattr(trainer, "load_transformer", lambda run, dtype: drawn.append(dtype) or torch.nn.Linear(1, 1))
     monkeypatch.setattr(
         trainer,
         "draw_latents",
@@ -768,7 +767,7 @@ def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model
     run = trainer.Run(args, accelerator, pipeline, 0, torch.float32, None)
     monkeypatch.setattr(trainer.Run, "sharded", False)
     monkeypatch.setattr(trainer.Run, "compiled", False)
-    trainer.load_drawing_transformer(pipeline, dtype, run)
+    trainer.load_transformer(run, dtype)
     assert chosen == ["native"]
 
 

@@ -156,12 +156,13 @@ def test_inputs_of_recomputed_blocks_can_wait_on_the_host(reentrant, tiny_model,
         return hooks
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", recorded)
-    for recompute in ({}, {"on_host": False}, {"on_host": True}):
+    for on_host in (None, False, True):
         transformer, parameters = prepare(run)
-        if recompute:
-            trainer.checkpoint_blocks(transformer, 1.0, reentrant, **recompute)
+        if on_host is not None:
+            ways = {"checkpointed_fraction": 1.0, "sharded": not reentrant, "offloads": on_host, "args": run.args}
+            trainer.checkpoint_blocks(transformer, SimpleNamespace(**ways))
         results.append(gradients(transformer, parameters, batch, run))
-        assert bool(waiting) is recompute.get("on_host", False)
+        assert bool(waiting) is bool(on_host)
     assert len({loss for loss, _ in results}) == 1
     assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][1], results[2][1])
     tokens = [shape[1] for shape in waiting if len(shape) == 3 and shape[2] == width]
