@@ -1444,6 +1444,7 @@ class LoraSettings:
     targets: Targets
     initial: State | None = None  # the matrices that it starts from, under their names in PEFT
     initial_digest: str | None = None  # of the file that they come from
+    base: State | None = None  # the matrices of `--base_adapter`, with its weight
 
     @property
     def modules(self) -> list[str]:
@@ -2158,7 +2159,7 @@ def resolve_lora_layers(names: str, linear: Linear) -> Targets:
     `layers.0.to_q` is `layers.0.attention.to_q`.
     """
     targets = {}
-    for name in filter(None, map(str.strip, names.split(","))):
+    for name in map(str.strip, names.strip(", ").split(",")):
         meant = [name]
         for other, ours in OTHER_NAMES.items():
             if f".{name}".endswith(f".{other}"):
@@ -2171,8 +2172,6 @@ def resolve_lora_layers(names: str, linear: Linear) -> Targets:
             known = sorted({".".join(path.split(".")[-n:]) for path in linear for n in (1, 2)} | set(linear))
             near = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or ["to_q", "to_out.0", "feed_forward.w1"]
             raise UserError(f"--lora_layers: {name!r} matches no linear layer: did you mean {', '.join(near)}?")
-    if not targets:
-        raise UserError("--lora_layers is empty: try to_k,to_q,to_v,to_out.0")
     return targets
 
 
@@ -2227,13 +2226,24 @@ def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
     return state, alphas
 
 
+def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
+    """The matrices of `--base_adapter`, times alpha / rank and its weight. Raises UserError."""
+    path, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", args.base_adapter).groups("1")
+    with user_errors(f"--base_adapter {args.base_adapter}", UserError, Exception):
+        state, alphas = read_lora(find_lora_file(path, args.cache_dir), linear)
+        for module, alpha in alphas.items():
+            state[f"{module}.lora_B.weight"] *= float(weight) * alpha / len(state[f"{module}.lora_A.weight"])
+    return state
+
+
 def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, Any]) -> LoraSettings:
     """What the LoRA is: as the flags say, where they are silent as the file of `--init_lora`. Raises UserError."""
     linear = linear_layers(transformer_config)
     names = "to_k,to_q,to_v,to_out.0" if args.lora_layers is None else args.lora_layers
     targets = resolve_lora_layers(names, linear)
+    base = read_base_adapter(args, linear) if args.base_adapter else None
     if args.init_lora is None:
-        return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets)
+        return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets, base=base)
     with user_errors(f"--init_lora {args.init_lora}", UserError, Exception):
         file = find_lora_file(args.init_lora, args.cache_dir)
         state, alphas = read_lora(file, linear)
@@ -2248,7 +2258,7 @@ def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, A
             targets = {}
             for module in alphas:  # by their ends, as a person would name them
                 targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
-        lora = LoraSettings(ranks[0], alpha, targets, state, file_digest(file))
+        lora = LoraSettings(ranks[0], alpha, targets, state, file_digest(file), base)
         if set(lora.modules) != set(alphas):
             raise UserError(
                 f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: leave that out"
@@ -2256,20 +2266,10 @@ def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, A
     return lora
 
 
-def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
-    """The matrices of `--base_adapter`, times alpha / rank and its weight. Raises UserError."""
-    path, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", args.base_adapter).groups("1")
-    with user_errors(f"--base_adapter {args.base_adapter}", UserError, Exception):
-        state, alphas = read_lora(find_lora_file(path, args.cache_dir), linear)
-        for module, alpha in alphas.items():
-            state[f"{module}.lora_B.weight"] *= float(weight) * alpha / len(state[f"{module}.lora_A.weight"])
-    return state
-
-
 def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.Parameter]:
     """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters.
 
-    `--base_adapter` becomes a second one, which stays as it is. Raises UserError.
+    `--base_adapter` becomes a second one, which stays as it is.
     """
     lora, options = run.lora, {"lora_dropout": run.args.lora_dropout, "init_lora_weights": "gaussian"}
     torch.manual_seed(run.seed)
@@ -2279,9 +2279,8 @@ def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.P
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
         parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
-    if run.args.base_adapter:
-        state = read_base_adapter(run.args, linear_layers(run.pipeline.transformer_config))
-        transformer.load_lora_adapter(state, adapter_name="base", prefix=None)
+    if lora.base:
+        transformer.load_lora_adapter(dict(lora.base), adapter_name="base", prefix=None)
         transformer.set_adapters(["default", "base"])
         set_requires_grad(transformer, "base", False)  # PEFT makes every active adapter trainable
     for module in transformer.modules():
@@ -2311,10 +2310,9 @@ def comfyui_file(output_dir: str, suffix: str = "") -> str:
 
 def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Run) -> Path:
     """Write the LoRA for ComfyUI, with what model managers show of it and nothing private. Returns the file."""
-    args, side = run.args, round_size(run.args.resolution[-1])
+    args, alpha, side = run.args, float(run.lora.alpha), round_size(run.args.resolution[-1])
     state = {name: t.to("cpu", run.saving_dtype) for name, t in get_peft_model_state_dict(transformer).items()}
-    pairs = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-    state |= {f"{module}.alpha": torch.tensor(float(run.lora.alpha)) for module in pairs}  # which ComfyUI asks for
+    state |= {name.replace("lora_A.weight", "alpha"): torch.tensor(alpha) for name in state if ".lora_A." in name}
     about = {"sai_model_spec": "1.0.0", "architecture": "z-image/lora", "implementation": "diffusers"}
     about |= {"title": Path(args.output_dir).resolve().name + suffix, "resolution": f"{side}x{side}"}
     about |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
@@ -4319,8 +4317,6 @@ def main(args: argparse.Namespace) -> None:
     for pipeline in {run.pipeline, validation_pipeline(run)}:
         if pipeline.transformer_file:
             read_transformer_file(pipeline)
-    if args.base_adapter:
-        read_base_adapter(args, linear_layers(run.pipeline.transformer_config))
 
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     examples = load_all_examples(args)

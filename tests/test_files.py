@@ -255,7 +255,7 @@ def test_our_file_our_comfyui_file_and_a_kohya_named_one_give_the_same_velocity(
     for file in (path, lora_file(out), out / "comfyui" / "out.safetensors"):
         transformer = trainer.ZImageTransformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
         accelerator = SimpleNamespace(device=torch.device("cpu"))
-        lora, args = settings(config, f"--init_lora={file}"), SimpleNamespace(lora_dropout=0.0, base_adapter=None)
+        lora, args = settings(config, f"--init_lora={file}"), SimpleNamespace(lora_dropout=0.0)
         trainer.add_lora(transformer, SimpleNamespace(lora=lora, args=args, seed=0, accelerator=accelerator))
         generator = torch.Generator().manual_seed(0)
         latents, embed = (torch.randn(shape, generator=generator) for shape in ((1, 16, 4, 4), (7, 32)))
