@@ -77,6 +77,7 @@ if "torchao" not in sys.modules:  # importing it warns of its parts for other GP
 
 import accelerate
 import diffusers
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -124,8 +125,12 @@ MASK_ENDING = "-masklabel.png"
 PICTURE_FLAGS = {"instance": "instance_data_dir", "class": "class_data_dir", "held-out": "validation_data_dir"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: Image.Transpose that makes it upright}
 FOREIGN_FORMATS = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF", "PALM"}  # Pillow alone cannot decode them
+PICTURE_FORMATS = {  # {suffix: format} of the pictures that Pillow decodes by itself
+    suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS
+}
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
-SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
+VAE_FACTOR = 8  # pixels for each side of a latent
+SIZE_MULTIPLE = 16  # that times the patch size 2
 CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded faster
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
@@ -581,7 +586,7 @@ def build_parser() -> OneLineErrorParser:
     add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
     add("--base_adapter", metavar="PATH[:WEIGHT]",
         help="A LoRA merged into the base for training alone, such as a training adapter for a distilled model.")
-    add("--attention_backend", metavar="NAME",
+    add("--attention_backend", metavar="NAME", choices=[backend.value for backend in AttentionBackendName],
         help="A backend of diffusers' attention dispatcher, for example native.")
     add("--enable_npu_flash_attention", action="store_true", help="Use the NPU's flash attention (needs torch_npu).")
     add("--fsdp_text_encoder", action="store_true", help="Shard the text encoder over the processes while it encodes.")
@@ -967,6 +972,7 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
 
 Source = Path | Callable[[], bytes]  # a picture's file, or a function that returns its bytes
 Caption = tuple[str, Path | str]  # a text, and where it comes from: a file, or a flag
+Found = tuple[str, Source, Caption, Path | None, int]  # name, picture, its own caption, mask, repeats by its folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -987,41 +993,6 @@ class Example:
 Examples = dict[str, list[Example]]  # by kind
 
 
-def read_metadata(folder: Path, column: str | None) -> dict[str, Caption]:
-    """{file name in the folder: (its caption or '', the file that says so)} by the folder's METADATA file, if any.
-
-    The caption is the row's `column`, or else the first of CAPTION_FIELDS that it has. Raises UserError.
-    """
-    path = next((folder / name for name in METADATA if os.path.isfile(folder / name)), None)
-    rows, captions = read_rows(path) if path else [], {}
-    there = {field for _, row in rows if isinstance(row, dict) for field in row} - {"file_name", None}
-    if path and column and column not in there:
-        raise UserError(f"--caption_column {column}: {path} has only {', '.join(sorted(there)) or 'no fields'}")
-    for where, row in rows:
-        name = row.get("file_name") if isinstance(row, dict) and None not in row else None  # None: cells too many
-        if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(
-                f'{where}: "file_name" is missing, or outside the folder, or a text lacks quotes: {row!r:.200}'
-            )
-        texts = (
-            clean_caption(row.get(field), f"{where}, {name!r}") for field in ([column] if column else CAPTION_FIELDS)
-        )
-        captions[name] = next(filter(None, texts), ""), path
-    return captions
-
-
-@functools.cache
-def picture_formats() -> dict[str, str]:
-    """{suffix: format} of the pictures that Pillow decodes by itself."""
-    return {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS}
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is by its name a picture to train on."""
-    name = comparable(path.name)
-    return os.path.splitext(name)[1] in picture_formats() and not name.endswith(MASK_ENDING) and os.path.isfile(path)
-
-
 def read_bytes(source: Source) -> bytes:
     """The encoded picture of an example."""
     return source.read_bytes() if isinstance(source, Path) else source()
@@ -1030,10 +1001,10 @@ def read_bytes(source: Source) -> bytes:
 @contextlib.contextmanager
 def open_picture(name: str, source: Source) -> Iterator[Image.Image]:
     """An open Pillow picture, not yet decoded; whatever is raised about it becomes a UserError that names it."""
-    formats = {*picture_formats().values()} - {"MPO"}  # which is read as a JPEG; no other program sees the bytes
+    formats = {*PICTURE_FORMATS.values()} - {"MPO"}  # which is read as a JPEG; no other program sees the bytes
     with user_errors(f"{name} cannot be read as a picture, replace or remove it"):
-        image = Image.open(source if isinstance(source, Path) else io.BytesIO(source()), formats=sorted(formats))
-        with image:
+        file = source if isinstance(source, Path) else io.BytesIO(source())
+        with Image.open(file, formats=sorted(formats)) as image:
             yield image
 
 
@@ -1050,16 +1021,10 @@ def find_orientation(image: Image.Image) -> int:
         block = image.info["exif"].split(b"Exif\0\0")[-1]
         order = {b"II": "<", b"MM": ">"}[block[:2]]
         (start,) = struct.unpack_from(f"{order}4xI", block)
-        entries = block[start + 2 :][: 12 * struct.unpack_from(f"{order}H", block, start)[0]]
-        for tag, _, _, first, second in struct.iter_unpack(f"{order}HHIHH", entries[: len(entries) // 12 * 12]):
+        for entry in range(struct.unpack_from(f"{order}H", block, start)[0]):
+            tag, first, second = struct.unpack_from(f"{order}H6xHH", block, start + 2 + 12 * entry)
             found += [first or second] if tag == 0x0112 else []
     return next((int(number) for number in found if number in range(1, 9)), 1)
-
-
-def picture_size(name: str, source: Source) -> Size:
-    """(height, width) of the upright picture, from its header alone. Raises UserError."""
-    with open_picture(name, source) as image:
-        return image.size if find_orientation(image) >= 5 else image.size[::-1]
 
 
 def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, Any]) -> Image.Image:
@@ -1067,26 +1032,26 @@ def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, 
 
     Black is 0, white the smallest usual white that no pixel exceeds; with negative values, the minimum and maximum.
     """
-    numbers = image if image.mode == "F" else image.convert("I")
-    values = torch.frombuffer(bytearray(numbers.tobytes()), dtype=torch.float32 if image.mode == "F" else torch.int32)
+    values = np.asarray(image)
     if image.mode == "I" and file_format == "TIFF" and tags.get(339, (1,)) == (1,):  # 32 bits without a sign
-        values = values.long() % 2**32
-    finite = values[values.isfinite()]
-    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0, 0)
-    known = image.mode.startswith("I;16") or file_format in ("PNG", "PPM")
-    whites = [65535] if known else [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
-    white = high if low < 0 else next((white for white in whites if high <= white), high)
-    black = min(low, 0)
-    values = values.float().sub_(black).mul_(255 / ((white - black) or 1)).nan_to_num_(0).clamp_(0, 255).round_()
-    grey = Image.frombytes("L", image.size, values.to(torch.uint8).numpy().tobytes())
-    return ImageOps.invert(grey) if tags.get(262) == 0 else grey
+        values = values.view(np.uint32)
+    finite = values[np.isfinite(values)]
+    black = finite.min(initial=0).item()
+    high = finite.max(initial=black).item()
+    whites = [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
+    if image.mode.startswith("I;16") or file_format in ("PNG", "PPM"):
+        whites = [65535]
+    white = high if black < 0 else min((white for white in whites if white >= high), default=high)
+    grey = np.nan_to_num((values.astype(np.float32) - black) * (255 / ((white - black) or 1)))
+    image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    return ImageOps.invert(image) if tags.get(262) == 0 else image
 
 
-def decode_image(name: str, source: Source, side: int = MAX_SIDE, with_alpha: bool = False) -> Image.Image:
-    """A picture as a person would see it: first frame, upright, RGB (sRGB), on white where transparent.
+def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image:
+    """A picture as a person would see it: first frame, upright, sRGB. Raises UserError.
 
-    A transparent one `with_alpha` is RGBA, and on white all the same.
-    One of more than `side`² pixels is made smaller first, so that converting it costs little. Raises UserError.
+    RGB; with transparency RGBA, and on white all the same. One of more than `side`² pixels is made smaller first, so
+    that converting it costs little.
     """
     with open_picture(name, source) as image:
         turn, profile = TURNS.get(find_orientation(image)), image.info.get("icc_profile")
@@ -1101,23 +1066,35 @@ def decode_image(name: str, source: Source, side: int = MAX_SIDE, with_alpha: bo
             image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
             with contextlib.suppress(Exception):  # a broken profile is as good as none
-                image = ImageCms.profileToProfile(
-                    image,
-                    ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-                    ImageCms.createProfile("sRGB"),
-                    outputMode="RGBA" if image.mode == "RGBA" else "RGB",
-                )
+                own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                mode = "RGBA" if image.mode == "RGBA" else "RGB"
+                image = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
         if image.mode != "RGBA":
             return image.convert("RGB")
-        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        if with_alpha:
-            on_white.putalpha(image.getchannel("A"))
+        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        on_white.putalpha(image.getchannel("A"))
         return on_white
 
 
-def picture_tensor(image: Image.Image) -> Tensor:
-    """A picture as uint8 [H, W, 3], or [H, W, 1] where it is grey."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
+def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
+    """An example's picture in RGB; with the mask of its loss, where it has one, in RGBA. Raises UserError."""
+    if example.mask is None:
+        return decode_image(example.name, example.source, side).convert("RGB")
+    image = decode_image(example.name, example.source)
+    if isinstance(example.mask, Path):
+        image.putalpha(decode_image(str(example.mask), example.mask).convert("L").resize(image.size))
+    elif image.mode == "RGB":
+        image.putalpha(255)
+    if image.getextrema()[3][1] == 0:
+        raise UserError(f"--masked_loss: the mask of {example.name} is black everywhere: make white what matters")
+    return image
+
+
+def verify_pictures(examples: Examples) -> None:
+    """Decode pictures at low quality, so that a damaged one is named before models are loaded."""
+    for kind in examples:
+        for example in examples[kind][:PICTURES_VERIFIED]:
+            load_picture(example, CHECKED_SIDE)
 
 
 def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
@@ -1126,58 +1103,56 @@ def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip:
     `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
     so that a picture of extreme shape costs no more memory than another. Of an RGBA picture, [4, H, W] with the mask.
     """
-    size, centering = bucket[::-1], tuple(crop[::-1])
-    layers = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=centering)]
+    layers = [(image.convert("RGB"), Image.Resampling.LANCZOS)]
     if image.mode == "RGBA":
-        layers.append(ImageOps.fit(image.getchannel("A"), size, Image.Resampling.BOX, centering=centering))
-    pixels = torch.cat([picture_tensor(layer) for layer in layers], dim=2).permute(2, 0, 1).float() / 127.5 - 1
+        layers.append((image.getchannel("A"), Image.Resampling.BOX))
+    fitted = [ImageOps.fit(layer, bucket[::-1], method, centering=crop[::-1]) for layer, method in layers]
+    pixels = torch.from_numpy(np.dstack(fitted)).permute(2, 0, 1).float() / 127.5 - 1
     assert pixels.shape[1:] == bucket
     return pixels.flip(2) if flip else pixels
 
 
-def make_example(
-    kind: str, name: str, source: Source, caption: Caption, mask: Path | None, repeats: int, args: argparse.Namespace
-) -> Example:
-    """The example of a picture, from its header alone, captioned by the prompt if not itself. Raises UserError."""
-    text, origin = caption
-    if not text:
-        flag = "class_prompt" if kind == "class" else "instance_prompt"
-        text, origin = getattr(args, flag) or "", f"--{flag}"
-    prefix = args.caption_prefix or ""
-    if kind != "class" and not text.startswith(prefix.strip()):
-        text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
-    size = picture_size(name, source)
-    bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
-    repeats = repeats * args.repeats if kind == "instance" else 1
-    mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
-    return Example(kind, name, source, text, size, bucket, repeats, origin, mask)
+def is_picture(path: Path) -> bool:
+    """Whether a file is by its name a picture to train on."""
+    name = comparable(path.name)
+    return os.path.splitext(name)[1] in PICTURE_FORMATS and not name.endswith(MASK_ENDING) and os.path.isfile(path)
 
 
-def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:
-    """The pictures of a folder, and of those inside named `10_words`, by name, with captions. Raises UserError."""
-    flag, folder = f"--{PICTURE_FLAGS[kind]}", Path(getattr(args, PICTURE_FLAGS[kind]))
-    if kind == "class" and not folder.exists():
-        return []  # they will be drawn
-    if not os.path.isdir(folder):
-        raise UserError(f"{flag} {str(folder)[:500]} is not a folder: check the path")
-    repeated = {path: re.fullmatch("0*([1-9][0-9]{0,3})_(.*)", path.name) for path in list_folder(folder)}
-    places = {folder: (1, "")} | {path: (int(name[1]), name[2]) for path, name in repeated.items() if name}
-    pictures = {path: places[place] for place in places for path in list_folder(place) if is_picture(path)}
-    files = functools.cache(lambda place: {comparable(path.name): path for path in list_folder(place)})
-    captions = {}
-    for name, caption in read_metadata(folder, None if kind == "class" else args.caption_column).items():
-        path = folder
-        for part in PurePosixPath(name).parts:
+def read_metadata(folder: Path, column: str | None, files: Callable[[Path], dict[str, Path]]) -> dict[Path, Caption]:
+    """{picture: (its caption or '', the file of it)} by the folder's METADATA file, if any. Raises UserError."""
+    metadata = next((folder / name for name in METADATA if os.path.isfile(folder / name)), None)
+    captions, known, fields = {}, set(), [column] if column else CAPTION_FIELDS
+    for where, row in read_rows(metadata) if metadata else []:
+        name = row.get("file_name") if isinstance(row, dict) and None not in row else None  # None: cells too many
+        path, parts = folder, PurePosixPath(name).parts if isinstance(name, str) else ()
+        for part in parts:
             path = files(path).get(comparable(part), path / part)
-        if not os.path.isfile(path) or comparable(path.name).endswith(MASK_ENDING):
-            raise UserError(f"{caption[1]} names {name[:200]!r}, which is no picture in the folder: correct the line")
-        pictures.setdefault(path, (1, ""))
-        captions[path] = caption
-    if not pictures and kind != "class":
-        raise UserError(f"{flag} {folder} holds no pictures ({', '.join(sorted(picture_formats()))}): put some there")
+        if {"..", "/", "//"} & {*parts} or not os.path.isfile(path) or comparable(path.name).endswith(MASK_ENDING):
+            wrong = '"file_name" is missing, or outside the folder, or no picture there, or a text lacks quotes'
+            raise UserError(f"{where}: {wrong}: {row!r:.200}")
+        texts = (clean_caption(row.get(field), f"{where}, {name!r}") for field in fields)
+        captions[path] = next(filter(None, texts), ""), metadata
+        known |= row.keys() - {"file_name"}
+    if metadata and column and column not in known:
+        raise UserError(f"--caption_column {column}: {metadata} has only {', '.join(sorted(known)) or 'no fields'}")
+    return captions
+
+
+def find_in_folder(kind: str, args: argparse.Namespace) -> Iterator[Found]:
+    """The pictures of a folder, and of those inside named `10_words`, by name, with captions. Raises UserError."""
+    folder = Path(getattr(args, PICTURE_FLAGS[kind]))
+    if kind == "class" and not folder.exists():
+        return  # they will be drawn
+    if not os.path.isdir(folder):
+        raise UserError(f"--{PICTURE_FLAGS[kind]} {str(folder)[:500]} is not a folder: check the path")
+    files = functools.cache(lambda place: {comparable(path.name): path for path in list_folder(place)})
+    captions = read_metadata(folder, None if kind == "class" else args.caption_column, files)
     if kind == "instance" and args.caption_column and not captions:
         raise UserError(f"--caption_column needs {folder / METADATA[0]}: make it, or leave the flag out")
-    examples = []
+    repeated = {path: re.fullmatch("0*([1-9][0-9]{0,3})_(.*)", path.name) for path in list_folder(folder)}
+    places = {folder: (1, "")} | {path: (int(name[1]), name[2]) for path, name in repeated.items() if name}
+    pictures = dict.fromkeys(captions, (1, ""))
+    pictures |= {path: places[place] for place in places for path in list_folder(place) if is_picture(path)}
     for path, (repeats, words) in sorted(pictures.items()):
         caption = captions.get(path, ("", ""))
         for name in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt"):
@@ -1186,9 +1161,7 @@ def load_folder(kind: str, args: argparse.Namespace) -> list[Example]:
                 caption = read_text(file), file
         if not caption[0] and args.instance_prompt is None and kind != "class":
             caption = words.strip(), "the names of folders"
-        mask = files(path.parent).get(comparable(path.stem + MASK_ENDING))
-        examples.append(make_example(kind, str(path), path, caption, mask, repeats, args))
-    return examples
+        yield str(path), path, caption, files(path.parent).get(comparable(path.stem + MASK_ENDING)), repeats
 
 
 def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> bytes:  # noqa: F821
@@ -1204,8 +1177,8 @@ def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> b
         return file.read()
 
 
-def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
-    """The examples of `--dataset_name`, its pictures kept encoded until they are needed. Raises UserError."""
+def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
+    """The pictures of `--dataset_name`, which stay encoded until they are needed. Raises UserError."""
     dataset, column = args.dataset_name, args.image_column
     with user_errors("--dataset_name needs the datasets library, pip install datasets", ImportError):
         import datasets
@@ -1216,74 +1189,60 @@ def load_dataset_examples(args: argparse.Namespace) -> list[Example]:
             data = datasets.load_dataset(dataset, args.dataset_config_name, cache_dir=args.cache_dir)
     if isinstance(data, dict):
         data = data["train"] if "train" in data else next(iter(data.values()))
-    for flag, name in [("--image_column", column), ("--caption_column", args.caption_column)]:
-        if name and name not in data.column_names:
-            raise UserError(f"{flag} {name}: {dataset} has only {', '.join(data.column_names)}")
-    with user_errors(f"--image_column {column} of {dataset} holds no pictures"):
+    columns = f"--image_column {column}, --caption_column {args.caption_column}"
+    with user_errors(f"{columns}: {dataset} has only {', '.join(data.column_names)}"):
         data = data.cast_column(column, datasets.Image(decode=False))
-    if not len(data):
-        raise UserError(f"--dataset_name {dataset} is empty")
-    captions = data[args.caption_column] if args.caption_column else [None] * len(data)
-    paths = data.select_columns([column]).flatten()[f"{column}.path"]
-    examples = []
+        paths = data.select_columns([column]).flatten()[f"{column}.path"]
+        captions = data[args.caption_column] if args.caption_column else [None] * len(data)
     for index, (caption, path) in enumerate(zip(captions, paths, strict=True)):
         file = PurePosixPath((path or "").split("::")[0]).name
-        if comparable(file).endswith(MASK_ENDING):
-            continue
         name = f"{dataset}[{index}]" + (f" ({file})" if file else "")
-        source = functools.partial(read_dataset_picture, data, column, index)
-        caption = clean_caption(caption, name), f"the column {args.caption_column}"
-        examples.append(make_example("instance", name, source, caption, None, 1, args))
-    return examples
+        if not comparable(file).endswith(MASK_ENDING):
+            caption = clean_caption(caption, name), f"the column {args.caption_column}"
+            yield name, functools.partial(read_dataset_picture, data, column, index), caption, None, 1
 
 
-def load_all_examples(args: argparse.Namespace) -> Examples:
-    """The instance pictures and, where the flags ask for them, class and held-out pictures. Raises UserError."""
-    examples = {"instance": load_dataset_examples(args) if args.dataset_name else load_folder("instance", args)}
-    if args.with_prior_preservation:
-        examples["class"] = load_folder("class", args)
-    if args.validation_data_dir:
-        examples["held-out"] = load_folder("held-out", args)
-    bare = [e.name for es in examples.values() for e in es if e.origin == "--instance_prompt"]
-    if bare and args.instance_prompt is None:
-        raise UserError(f"--instance_prompt is needed by pictures without a caption of their own: {listed(bare)}")
-    return examples
+def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
+    """The instance, class or held-out pictures of the flags, from their headers alone. Raises UserError.
 
-
-def add_resolutions(examples: list[Example], args: argparse.Namespace) -> list[Example]:
-    """The examples, which are at the smallest `--resolution`, and after them those of the others.
-
-    A picture that would have to be enlarged for one is left out of it.
+    First all at the smallest `--resolution`; then, at each other one, those that need not be enlarged for it.
     """
-    added = list(examples)
+    flag = "dataset_name" if kind == "instance" and args.dataset_name else PICTURE_FLAGS[kind]
+    prompt_flag = "--class_prompt" if kind == "class" else "--instance_prompt"
+    prompt, prefix, examples = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
+    found = find_in_dataset(args) if flag == "dataset_name" else find_in_folder(kind, args)
+    for name, source, (text, origin), mask, repeats in found:
+        if not text:
+            text, origin = prompt or "", prompt_flag
+        if kind != "class" and not text.startswith(prefix.strip()):
+            text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
+        with open_picture(name, source) as image:
+            size = image.size if find_orientation(image) >= 5 else image.size[::-1]
+        bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
+        repeats = repeats * args.repeats if kind == "instance" else 1
+        mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
+        examples.append(Example(kind, name, source, text, size, bucket, repeats, origin, mask))
+    if not examples and kind != "class":
+        formats = ", ".join(sorted(PICTURE_FORMATS))
+        raise UserError(f"--{flag} {getattr(args, flag)} holds no pictures ({formats}): put some there")
+    bare = [example.name for example in examples if example.origin == prompt_flag]
+    if bare and prompt is None:
+        raise UserError(f"{prompt_flag} is needed by pictures without a caption of their own: {listed(bare)}")
+    added = []
     for side in map(round_size, sorted(args.resolution)[1:]):
         buckets = bucket_ladder(side) if args.use_aspect_ratio_buckets else [(side, side)]
         larger = [dataclasses.replace(e, bucket=assign_bucket(e.size, buckets, side)) for e in examples]
         fitting = [e for e in larger if e.bucket[0] <= e.size[0] and e.bucket[1] <= e.size[1]]
         if left_out := len(examples) - len(fitting):
-            logger.info(f"--resolution {side}: {left_out} {examples[0].kind} pictures are smaller and left out there")
+            logger.info(f"--resolution {side}: {left_out} {kind} pictures are smaller and left out there")
         added += fitting
-    return added
+    return examples + added
 
 
-def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
-    """An example's picture in RGB; with the mask of its loss, where it has one, in RGBA. Raises UserError."""
-    if example.mask is None:
-        return decode_image(example.name, example.source, side)
-    image = decode_image(example.name, example.source, with_alpha=True)
-    if isinstance(example.mask, Path):
-        image.putalpha(decode_image(str(example.mask), example.mask).convert("L").resize(image.size))
-    elif image.mode == "RGB":
-        image.putalpha(255)
-    if image.getextrema()[3][1] == 0:
-        raise UserError(f"--masked_loss: the mask of {example.name} is black everywhere: make white what matters")
-    return image
-
-
-def verify_pictures(examples: list[Example]) -> None:
-    """Decode every picture of a small set, at low quality, so that a damaged one is named before models are loaded."""
-    for example in examples:
-        load_picture(example, CHECKED_SIDE)
+def load_all_examples(args: argparse.Namespace) -> Examples:
+    """The pictures of every kind that the flags ask for. Raises UserError."""
+    kinds = {"instance": True, "class": args.with_prior_preservation, "held-out": args.validation_data_dir}
+    return {kind: load_examples(kind, args) for kind in kinds if kinds[kind]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1302,73 +1261,64 @@ class PipelineInfo:
     vae_config: dict[str, Any]
     text_config: transformers.PretrainedConfig
     scheduler: FlowMatchEulerDiscreteScheduler
-    vae_scale_factor: int
-    latent_channels: int
     identity: dict[str, str | None]  # {component: digest of its content}; None where it is not downloaded
     transformer_file: Path | None = None  # in place of the folder's transformer
 
     def latent_shape(self, bucket: Size) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that size."""
-        return (self.latent_channels, bucket[0] // self.vae_scale_factor, bucket[1] // self.vae_scale_factor)
-
-    def longest_prompt(self, limit: int) -> int:
-        """`limit` tokens, or what the model's rotary embedding has room for together with the picture."""
-        room = (self.transformer_config["axes_lens"][0] - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-        return min(limit, room)
+        return (self.transformer_config["in_channels"], bucket[0] // VAE_FACTOR, bucket[1] // VAE_FACTOR)
 
     def load(self, cls: type[T], subfolder: str, **kwargs: Any) -> T:
-        """A component with its weights. Raises UserError."""
+        """A component; one that has weights is given their `dtype`. Raises UserError."""
         with user_errors(f"{self.name}: its {subfolder} cannot be loaded", OSError, ValueError, SafetensorError):
-            component = cls.from_pretrained(self.path, subfolder=subfolder, variant=self.variant, **kwargs)
-            if isinstance(component, torch.nn.Module) and any(p.is_meta for p in component.parameters()):
+            if "dtype" not in kwargs:
+                return cls.from_pretrained(self.path, subfolder=subfolder, **kwargs)
+            kwargs |= {"variant": self.variant, "output_loading_info": True}
+            component, loaded = cls.from_pretrained(self.path, subfolder=subfolder, **kwargs)
+            if loaded["missing_keys"]:  # diffusers leaves them out, transformers fills them with random numbers
                 raise ValueError("its file lacks some of the weights")
             return component
 
 
 def component_identity(path: str, component: str, variant: str | None, file: Path | None = None) -> str | None:
-    """A digest of what a component computes, the same wherever and however its files came here.
+    """A digest of what a component computes, wherever and however its files came here; None where they are missing.
 
-    Of each weight file: its header, its size, and 64 KiB at 16 evenly spaced places; of the rest, all configuration
-    that is not about where it came from. `file` is in the weight files' place. None where there are no weights.
+    `file` is in the weight files' place: of each, its size, header and 64 KiB at 16 evenly spaced places count.
     """
     patterns = [f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"]
     folders = (sorted(Path(path, component).glob(pattern)) for pattern in patterns)
     files = [file] if file else next(filter(None, folders), [])
     if not files:
         return None
-    places, length = 16, 2**16
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size
         with open(file, "rb") as weights:
             header = int.from_bytes(weights.read(8), "little") if file.suffix == ".safetensors" else 0
             digest.update(repr((size, weights.read(min(header, size)))).encode())
-            for place in range(places):
-                weights.seek(max(0, size - length) * place // (places - 1))
-                digest.update(weights.read(length))
+            for place in range(16):
+                weights.seek(max(0, size - 2**16) * place // 15)
+                digest.update(weights.read(2**16))
     tokenizer = sorted(Path(path, "tokenizer").glob("*")) if component == "text_encoder" else []
     for file in [Path(path, component, "config.json"), *filter(Path.is_file, tokenizer)]:
         content = file.read_bytes()
-        if file.name in ("config.json", "tokenizer_config.json"):
-            about_origin = ("_name_or_path", "_diffusers_version", "name_or_path", "transformers_version")
-            settings = json.loads(content)
-            content = repr(sorted((k, v) for k, v in settings.items() if k not in about_origin)).encode()
+        if file.name in ("config.json", "tokenizer_config.json"):  # which also say where they come from
+            settings = {k: v for k, v in json.loads(content).items() if not k.endswith(("name_or_path", "_version"))}
+            content = repr(sorted(settings.items())).encode()
         digest.update(content)
     return digest.hexdigest()
 
 
 def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
     """The folder of `--pretrained_model_name_or_path`, downloaded first where that is an id on the Hub."""
-    name = args.pretrained_model_name_or_path
+    name, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     if Path(name).is_dir():
         return name
     with accelerator.local_main_process_first():  # one process of a machine downloads for all
-        where, without = {"revision": args.revision, "cache_dir": args.cache_dir}, {}
         path = snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
         if args.dry_run:  # weights are not needed for the plan
             return path
-        if args.transformer_path:
-            without = {"transformer": None}
+        without = {"transformer": None} if args.transformer_path else {}
         return DiffusionPipeline.download(name, **where, **without, variant=args.variant)
 
 
@@ -1376,60 +1326,45 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     """Read the configuration of every component, before anything expensive. Raises UserError."""
     name = args.pretrained_model_name_or_path
     flag = f"--pretrained_model_name_or_path {name}"
-    classes = {"transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
-    classes["scheduler"] = FlowMatchEulerDiscreteScheduler
-    readers = {component: cls.load_config for component, cls in classes.items()}
-    readers["text_encoder"] = transformers.AutoConfig.from_pretrained
-    readers["tokenizer"] = transformers.AutoTokenizer.from_pretrained
-    incomplete, configs = f"{flag} is not a complete Z-Image pipeline: its", {}
+    incomplete = f"{flag} is not a complete Z-Image pipeline: its"
     with user_errors(f"{incomplete} model_index.json"):
         path = local_pipeline(args, accelerator)
-        index = DiffusionPipeline.load_config(path)
-        found = index.get("_class_name")
-    if found not in ("ZImagePipeline", None):
-        raise UserError(f"{flag}: it is a {found}, not a ZImagePipeline")
-    for component, read in readers.items():
-        with user_errors(f"{incomplete} {component}"):
-            configs[component] = read(path, subfolder=component)
-    for component, cls in classes.items():
-        with user_errors(f"{incomplete} {component}"):
-            found = configs[component].get("_class_name")
-        if found != cls.__name__:
-            raise UserError(f"{flag}: its {component} is a {found}, not a {cls.__name__}")
-    transformer, vae, text_config = (configs[component] for component in ("transformer", "vae", "text_encoder"))
-    if not text_config.model_type.startswith("qwen"):
-        raise UserError(f"{flag}: its text_encoder is a {text_config.model_type}, not a Qwen3 model")
-    if not configs["tokenizer"].chat_template:
-        raise UserError(f"{flag}: its tokenizer has no chat template")
+    classes = {"": ZImagePipeline, "transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
+    classes["scheduler"] = FlowMatchEulerDiscreteScheduler
+    configs = {}
+    for part, cls in classes.items():
+        with user_errors(f"{incomplete} {part or 'model_index.json'}"):
+            configs[part] = cls.load_config(path, subfolder=part)
+            if configs[part]["_class_name"] != cls.__name__:
+                raise ValueError(f"it is of a {configs[part]['_class_name']}, not a {cls.__name__}")
+    with user_errors(f"{incomplete} text_encoder"):
+        text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder")
+    with user_errors(f"{incomplete} tokenizer"):
+        if not transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer").chat_template:
+            raise ValueError("it has no chat template")
+    transformer, vae, text_type = configs["transformer"], configs["vae"], text_config.model_type
+    fits = text_type.startswith("qwen") and text_config.hidden_size == transformer["cap_feat_dim"]
+    if not fits or vae["latent_channels"] != transformer["in_channels"] or len(vae["block_out_channels"]) != 4:
+        raise UserError(f"{flag}: its text_encoder (a {text_type}), vae and transformer do not fit together")
     identity = {part: component_identity(path, part, args.variant) for part in ("transformer", "vae", "text_encoder")}
     file = args.transformer_path and Path(args.transformer_path)
     if file:
         with user_errors("--transformer_path", UserError):
             safetensors_header(file)
         identity["transformer"] = component_identity(path, "transformer", args.variant, file)
-    if None in identity.values() and Path(name).is_dir():
-        lacking = next(part for part, digest in identity.items() if digest is None)
-        raise UserError(f"{flag}: its {lacking} has no weights")
-    if "text_encoder" not in index or "tokenizer" not in index:
-        raise UserError(f"{flag}: its model_index.json names no text_encoder or no tokenizer")
-    if text_config.hidden_size != transformer["cap_feat_dim"] or vae["latent_channels"] != transformer["in_channels"]:
-        raise UserError(f"{flag}: its text encoder, VAE and transformer do not fit together")
-    longest = [positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:]]  # of the rotary embedding
+    lacking = [part for part, digest in identity.items() if digest is None]
+    if lacking and Path(name).is_dir():
+        raise UserError(f"{flag}: its {lacking[0]} has no weights")
     largest = (round_size(max(args.resolution)),) * 2
-    sizes = parse_buckets(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [largest]
-    trained = "aspect_ratio_buckets" if args.aspect_ratio_buckets else "resolution"
-    drawn = [("validation_prompt", drawing.size) for drawing in validation_prompts(args)]
-    for flag_name, (height, width) in [*((trained, size) for size in sizes), *drawn]:
-        if height > longest[0] or width > longest[1]:
-            raise UserError(f"--{flag_name}: this model draws at most {longest[0]} x {longest[1]} pixels")
+    sizes = [largest, *(list_buckets(args) or []), *(drawing.size for drawing in validation_prompts(args))]
+    height, width = (positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:])  # of rotary embeddings
+    if any(size[0] > height or size[1] > width for size in sizes):
+        flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
+        raise UserError(f"{flags}: this model draws at most {height} x {width} pixels, make them smaller")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    channels = vae["latent_channels"]
-    return PipelineInfo(
-        name, path, args.variant, transformer, vae, text_config, scheduler, factor, channels, identity, file
-    )
+    return PipelineInfo(name, path, args.variant, transformer, vae, text_config, scheduler, identity, file)
 
 
 Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
@@ -1471,10 +1406,8 @@ class Run:
 
     @property
     def compiled(self) -> bool:
-        """Whether the transformer's blocks are compiled, for a flag or for the accelerate config's section.
-
-        Float8 on a GPU needs it: without, its many small operations make it slower than bf16.
-        """
+        """Whether the transformer's blocks are compiled, for a flag or for the accelerate config's section."""
+        # Without, the many small operations of float8 make it slower than bf16.
         float8 = self.args.base_model_precision == "fp8" and self.accelerator.device.type == "cuda" and HAS_TRITON
         return self.args.compile or float8 or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
@@ -1502,19 +1435,15 @@ class Run:
 
 
 def validation_pipeline(run: Run) -> PipelineInfo:
-    """The pipeline that draws: the one in training, or `--validation_model_path`'s scheduler and transformer.
-
-    Raises UserError.
-    """
+    """The pipeline that draws: that in training, or with `--validation_model_path`'s parts. Raises UserError."""
     name = run.args.validation_model_path
     if name is None:
         return run.pipeline
     if Path(name).is_file() or name.endswith(".safetensors"):
         return dataclasses.replace(run.pipeline, transformer_file=Path(name))
     with user_errors("--validation_model_path", UserError, OSError, ValueError):
-        path, parts = name, ["transformer/*", "scheduler/*"]
-        if not Path(name).is_dir():
-            path = snapshot_download(name, cache_dir=run.args.cache_dir, allow_patterns=parts)
+        where = {"cache_dir": run.args.cache_dir, "allow_patterns": ["transformer/*", "scheduler/*"]}
+        path = name if Path(name).is_dir() else snapshot_download(name, **where)
         other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None)
         return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
 
@@ -1524,72 +1453,70 @@ def validation_pipeline(run: Run) -> PipelineInfo:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def list_trackers(report_to: str) -> list[str] | None:
-    """The trackers of `--report_to` for accelerate, or None. Raises UserError for one that is unknown or missing."""
-    names = [name.strip() for name in report_to.split(",")]
-    if names == ["none"]:
-        return None
-    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(getattr(t, "value", t)) for t in get_available_trackers()]
-    for name in names:
-        if name != "all" and name not in known:
-            raise UserError(f"--report_to {name} is unknown: choose from {', '.join(known)}, all or none")
-        if name != "all" and name not in installed:
-            raise UserError(f"--report_to {name} is not installed: pip install {name}, or give --report_to none")
-    return names
-
-
-def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when `accelerate launch` dies, which does not pass that signal on (Linux)."""
-    by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if by_launcher and LINUX:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
     for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_PREFIXES)]:
         del os.environ[name]  # accelerate would read a number from the empty text
+    is_set = accelerate.utils.parse_flag_from_env
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher_precision == "fp8":
-        raise UserError(
-            "accelerate's mixed_precision fp8 trains all weights: set bf16 there and give --do_fp8_training"
-        )
-    if any(map(accelerate.utils.parse_flag_from_env, ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"))):
-        raise UserError(
-            "the accelerate config asks for DeepSpeed or Megatron: to shard the model, take configs/fsdp.yaml"
-        )
-    precision = args.mixed_precision
-    if args.base_model_precision == "fp8" and precision is None and launcher_precision == "no":
-        precision = "bf16"  # float8 products give bfloat16: float32 around them would only cost memory
-    device = torch.accelerator.current_accelerator()
-    if (
-        device
-        and device.type != "mps"
-        and "LOCAL_RANK" in os.environ
-        and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
-    ):
+    if launcher_precision == "fp8" or is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
+        instead = "take bf16 and --do_fp8_training, or configs/fsdp.yaml"
+        raise UserError(f"the accelerate config asks for fp8 of all weights, DeepSpeed or Megatron: {instead}")
+    float8 = args.base_model_precision == "fp8" and launcher_precision == "no"
+    precision = args.mixed_precision or ("bf16" if float8 else None)  # float8 products give bf16 in any case
+    gpu = torch.accelerator.current_accelerator()
+    if gpu and gpu.type != "mps" and "LOCAL_RANK" in os.environ and not is_set("ACCELERATE_USE_CPU"):
         with user_errors("the processes cannot be joined"):
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-            backend = torch.distributed.get_default_backend_for_device(device.type)
-            torch.distributed.init_process_group(f"{device.type}:{backend},cpu:gloo", timeout=PROCESS_TIMEOUT)
-    trackers = list_trackers(args.report_to)
-    logs = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir)))
+            backend = torch.distributed.get_default_backend_for_device(gpu.type)
+            torch.distributed.init_process_group(f"{gpu.type}:{backend},cpu:gloo", timeout=PROCESS_TIMEOUT)
+    trackers = [name.strip() for name in args.report_to.split(",")] if args.report_to != "none" else []
+    for name in {*trackers} - {"all", *map(str, get_available_trackers())}:
+        known = ", ".join(LOGGER_TYPE_TO_CLASS)
+        raise UserError(f"--report_to {name} is unknown or missing: pip install {name}, or take one of {known}")
     with user_errors(f"--mixed_precision {precision or launcher_precision}", ValueError, ImportError, RuntimeError):
         accelerator = Accelerator(
             mixed_precision=precision,
-            log_with=trackers,
+            log_with=trackers or None,
             # A LoRA weight is used once in a pass: its cast need not be kept until the end of it.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-            project_config=logs,
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise UserError("the launcher started several processes, but this machine has no device for each: start one")
+        raise UserError("the launcher started several processes, and there is no device for each: start one")
     return accelerator
 
 
-def configure_logging(accelerator: Accelerator) -> None:
-    """The script's lines from the main process, the libraries' only where something is wrong."""
+def check_machine(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Whether the device and the accelerate config can do what was asked. Raises UserError."""
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
+        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--mixed_precision fp16: the CPU has no fp16 training; take bf16, or no")
+    if precision == "fp16":
+        logger.warning("--mixed_precision fp16: this model's activations come near its largest number; prefer bf16")
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        logger.warning(f"--mixed_precision bf16: {name} emulates it, up to 8 times slower than a GPU that has it")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise UserError("the accelerate config's fsdp_config: set fsdp_version: 2 and fsdp_offload_params: false")
+    elif args.fsdp_text_encoder:
+        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
+    if args.attention_backend:
+        with user_errors(f"--attention_backend {args.attention_backend}", RuntimeError, ImportError):
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
+
+
+def start_run(args: argparse.Namespace) -> Accelerator:
+    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+    accelerator = make_accelerator(args)
+    if LINUX and "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        pr_set_pdeathsig = 1  # a signal when `accelerate launch` dies, which does not pass SIGTERM on
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    # The script's lines from the main process, the libraries' only where something is wrong
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (transformers, diffusers):
@@ -1598,55 +1525,7 @@ def configure_logging(accelerator: Accelerator) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
     warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # PEFT, at every int8 layer: it cannot merge it
     warnings.filterwarnings("ignore", ".*complex operators")  # Inductor, of the rotary embedding, which it leaves be
-
-
-def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Whether the device can do what was asked. Raises UserError."""
-    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
-        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
-    precision, device = accelerator.mixed_precision, accelerator.device.type
-    if precision == "fp16" and device == "cpu":
-        raise UserError("--mixed_precision fp16: the CPU has no fp16 training; take bf16, or no")
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        logger.warning(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} emulates it, about as fast as float32: up to 8 "
-            "times slower than a GPU that has it"
-        )
-    if precision == "fp16":
-        logger.warning(
-            "--mixed_precision fp16: activations of this model come near float16's largest number; prefer bf16"
-        )
-
-
-def check_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Whether the accelerate config's FSDP section is one that the script follows. Raises UserError."""
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError("the accelerate config sets fsdp_offload_params: set it to false")
-    if sharded and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise UserError("the accelerate config asks for FSDP version 1: set fsdp_version: 2 in its fsdp_config")
-    if args.fsdp_text_encoder and not sharded:
-        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
-
-
-def check_attention_backend(name: str | None) -> None:
-    """Whether diffusers knows the backend and can run it here. Raises UserError."""
-    if name is None:
-        return
-    if name not in (names := [backend.value for backend in AttentionBackendName]):
-        raise UserError(f"--attention_backend {name} is unknown: choose one of {', '.join(names)}")
-    with user_errors(f"--attention_backend {name}", RuntimeError, ImportError):
-        _check_attention_backend_requirements(AttentionBackendName(name))
-
-
-def start_run(args: argparse.Namespace) -> Accelerator:
-    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
-    accelerator = make_accelerator(args)
-    follow_launcher()
-    configure_logging(accelerator)
-    check_device(args, accelerator)
-    check_sharding(args, accelerator)
-    check_attention_backend(args.attention_backend)
+    check_machine(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for line in ineffective_flags(args):
@@ -1654,16 +1533,12 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def shows_progress(accelerator: Accelerator) -> bool:
-    """Whether this process draws progress bars: the main one, at a terminal."""
-    return accelerator.is_main_process and sys.stderr.isatty()
-
-
 def with_progress(items: Collection[T], what: str, accelerator: Accelerator) -> Iterator[T]:
     """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten."""
-    at_terminal, next_line = shows_progress(accelerator), time.monotonic() + 2
-    for number, item in enumerate(tqdm(items, what, disable=not at_terminal, leave=False)):
-        if accelerator.is_main_process and not at_terminal and time.monotonic() > next_line:
+    hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
+    bar, next_line = tqdm(items, what, disable=hidden, leave=False), time.monotonic() + 2
+    for number, item in enumerate(bar):
+        if bar.disable and time.monotonic() > next_line:
             logger.info(f"{what}: {number} of {len(items)}")
             next_line = time.monotonic() + 10
         yield item
@@ -1672,12 +1547,9 @@ def with_progress(items: Collection[T], what: str, accelerator: Accelerator) -> 
 def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
     """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
     drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
-    if args.seed is not None:
-        return args.seed
-    if saved_seed is not None:
-        return saved_seed
-    logger.info(f"--seed was not given: drew {drawn}")
-    return drawn
+    if args.seed is None and saved_seed is None:
+        logger.info(f"--seed was not given: drew {drawn}")
+    return next(seed for seed in (args.seed, saved_seed, drawn) if seed is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1685,63 +1557,38 @@ def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class EncodingCache:
-    """Tensors on disk, each in a file named after everything it was computed from. `folder` None: no cache."""
-
-    def __init__(self, folder: str | None) -> None:
-        self.folder = Path(folder) if folder else None
-
-    def file(self, key: tuple) -> Path:
-        return self.folder / f"{digest_of(key)}.safetensors"
-
-    def get(self, key: tuple) -> Tensor | None:
-        """The tensor, or None where there is none or its file is damaged."""
-        if self.folder is None or not (path := self.file(key)).is_file():
-            return None
-        try:
-            return load_file(path)["encoding"]
-        except Exception as error:  # whatever is wrong with the file, its content is made anew
-            logger.warning(f"--encoding_cache_dir: {path} is damaged and made anew ({first_line(error)})")
-            return None
-
-    def put(self, key: tuple, tensor: Tensor) -> None:
-        """Write under another name and rename, so that runs that use one folder never see half a file."""
-        if self.folder is not None:
-            path = self.file(key)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as part:
-                    save_file({"encoding": tensor.contiguous()}, part)
-            except (OSError, SafetensorError) as error:  # a cache that is full is no reason to stop
-                logger.warning(f"--encoding_cache_dir: {path} cannot be written ({first_line(error)})")
+def encoding_file(args: argparse.Namespace, *key: Any) -> Path | None:
+    """The file in `--encoding_cache_dir` of a tensor that is a function of `key` alone; None without that flag."""
+    return args.encoding_cache_dir and Path(args.encoding_cache_dir, f"{digest_of(key)}.safetensors")
 
 
-def load_text_pipeline(pipeline: PipelineInfo, dtype: torch.dtype) -> ZImagePipeline:
-    """A `ZImagePipeline` of the tokenizer and the text encoder alone. Raises UserError."""
-    variant = pipeline.variant
-    with user_errors(f"{pipeline.name}: its text_encoder cannot be loaded", OSError, ValueError, SafetensorError):
-        text_encoder, loaded = transformers.AutoModel.from_pretrained(
-            pipeline.path, subfolder="text_encoder", dtype=dtype, variant=variant, output_loading_info=True
-        )
-        if loaded["missing_keys"]:  # transformers fills them with random numbers
-            raise ValueError(f"its file lacks {len(loaded['missing_keys'])} of the weights")
-        return ZImagePipeline.from_pretrained(
-            pipeline.path, transformer=None, vae=None, text_encoder=text_encoder, dtype=dtype, variant=variant
-        )
+def read_encoding(file: Path | None) -> Tensor | None:
+    """The tensor in a file of the cache; None where there is none, or it is damaged."""
+    if file and file.is_file():
+        with optional(f"Reading {file} of --encoding_cache_dir, which is damaged and made anew,"):
+            return load_file(file)["encoding"]
+    return None
 
 
-def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, limit: int) -> int:
-    """Length of the prompt in the chat template; warns where `--max_sequence_length` will cut it."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    tokens = tokenizer(text).input_ids
+def write_encoding(file: Path | None, tensor: Tensor) -> None:
+    """Write under another name and rename, so that runs that use one folder never see half a file."""
+    if file:
+        with optional(f"Writing to --encoding_cache_dir {file.parent}"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as part:
+                save_file({"encoding": tensor.contiguous()}, part)
+
+
+def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, run: Run) -> int:
+    """Length of the prompt in the chat template, as it is encoded; warns where it is cut."""
+    positions = run.pipeline.transformer_config["axes_lens"][0]  # of the rotary embedding: the picture takes some too
+    limit = min(run.args.max_sequence_length, (positions - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE)
+    messages = [{"role": "user", "content": prompt}]
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True).input_ids
     if len(tokens) > limit:
-        logger.warning(
-            f"--max_sequence_length {limit} cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}... "
-            f"ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}"
-        )
-    return len(tokens)
+        cut = f"cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}..."
+        logger.warning(f"--max_sequence_length {limit} {cut} ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}")
+    return min(len(tokens), limit)
 
 
 def all_prompts(examples: Examples, args: argparse.Namespace) -> list[str]:
@@ -1752,63 +1599,50 @@ def all_prompts(examples: Examples, args: argparse.Namespace) -> list[str]:
 
 
 def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored: Collection[Tensor] = ()) -> None:
-    """Spread the parameters of modules, inner ones first, over the processes as accelerate's FSDP section says.
-
-    `ignored` parameters stay whole on every process.
-    """
-    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
-    options = {
-        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
-        "reshard_after_forward": plugin.reshard_after_forward,
-        "ignored_params": set(ignored),
-    }
+    """Spread modules, inner ones first, over the processes by accelerate's config; `ignored` parameters stay whole."""
+    reshard, mesh = accelerator.state.fsdp_plugin.reshard_after_forward, accelerator.torch_device_mesh
+    mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None
     for parameter in ignored:
         parameter.data = parameter.data.to(accelerator.device)
     for module in modules:
-        fully_shard(module, **options)
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(ignored))
 
 
-def place_text_encoder(text_encoder: torch.nn.Module, run: Run) -> None:
-    """Put the text encoder where it encodes: on the device, spread over the processes, or there by layers."""
-    device = run.accelerator.device
-    if run.args.fsdp_text_encoder:
-        text_encoder.rotary_emb.to(device)
-        # Its parts and not the whole: transformers records hidden states by the model's class, which FSDP replaces.
-        shard((text_encoder.embed_tokens, *text_encoder.layers, text_encoder.norm), run.accelerator)
-    elif run.args.offload:
-        accelerate.cpu_offload(text_encoder, device)  # each layer visits the device by itself
-    else:
-        text_encoder.to(device)
-
-
+@torch.no_grad()
 def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
     """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
 
     The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
     alone and at its own length: padding is masked there, and would only cost time. Raises UserError.
     """
-    args, accelerator = run.args, run.accelerator
-    cache = EncodingCache(args.encoding_cache_dir)
+    args, accelerator, device = run.args, run.accelerator, run.accelerator.device
     dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
-    longest = run.pipeline.longest_prompt(args.max_sequence_length)
-    settings = ("prompt", run.pipeline.identity["text_encoder"], longest, str(dtype))
+    settings = ("prompt", run.pipeline.identity["text_encoder"], args.max_sequence_length, str(dtype))
+    files = {prompt: encoding_file(args, *settings, prompt) for prompt in prompts}
     # One process looks into the cache for all: another run may be adding to it.
-    embeds = accelerator.is_main_process and {prompt: cache.get((*settings, prompt)) for prompt in prompts}
+    embeds = accelerator.is_main_process and {prompt: read_encoding(file) for prompt, file in files.items()}
     embeds = broadcast_object_list([embeds])[0]
     if missing := [prompt for prompt, embed in embeds.items() if embed is None]:
-        pipeline, encoded = load_text_pipeline(run.pipeline, dtype), []
-        place_text_encoder(pipeline.text_encoder.requires_grad_(False), run)
-        with torch.no_grad():
-            own = missing if args.fsdp_text_encoder else run.own_part(missing)
-            for prompt in with_progress(own, "prompts encoded", accelerator):
-                length = min(count_tokens(pipeline.tokenizer, prompt, longest), longest)
-                embed = pipeline.encode_prompt(
-                    [prompt], accelerator.device, do_classifier_free_guidance=False, max_sequence_length=length
-                )[0][0].to("cpu", copy=True)
-                cache.put((*settings, prompt), embed)
-                encoded.append((prompt, embed))
+        tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
+        qwen3 = run.pipeline.load(transformers.AutoModel, "text_encoder", dtype=dtype).requires_grad_(False)
+        if args.fsdp_text_encoder:
+            qwen3.rotary_emb.to(device)
+            # Its parts, not the whole: transformers records hidden states by the model's class, which FSDP replaces.
+            shard((qwen3.embed_tokens, *qwen3.layers, qwen3.norm), accelerator)
+        elif args.offload:
+            accelerate.cpu_offload(qwen3, device)  # each layer visits the device by itself
+        else:
+            qwen3.to(device)
+        pipeline = ZImagePipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=qwen3)
+        encode = functools.partial(pipeline.encode_prompt, device=device, do_classifier_free_guidance=False)
+        own, encoded = missing if args.fsdp_text_encoder else run.own_part(missing), []
+        for prompt in with_progress(own, "prompts encoded", accelerator):
+            length = count_tokens(tokenizer, prompt, run)
+            embed = encode([prompt], max_sequence_length=length)[0][0].to("cpu", copy=True)
+            write_encoding(files[prompt], embed)
+            encoded.append((prompt, embed))
         embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
-        del pipeline
+        del encode, pipeline, qwen3
         release_memory()
     width = run.pipeline.transformer_config["cap_feat_dim"]
     assert all(embed.ndim == 2 and embed.shape[1] == width for embed in embeds.values())
@@ -1834,7 +1668,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     assert latents.shape == (len(pixels), *run.pipeline.latent_shape(pixels.shape[2:]))
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     if masks.shape[1]:
-        means = torch.nn.functional.avg_pool2d(masks / 2 + 0.5, run.pipeline.vae_scale_factor)
+        means = torch.nn.functional.avg_pool2d(masks / 2 + 0.5, VAE_FACTOR)
         latents = torch.cat([latents, means], dim=1)
     return latents
 
@@ -1846,27 +1680,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @torch.no_grad()
 def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
-    """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is on the device for as long as it takes.
-
-    Where a whole picture does not fit, this and the rest are decoded in overlapping tiles, which may just be seen.
-    """
+    """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is loaded for as long as it takes."""
     vae, pictures = load_vae(run), []
-    processor = VaeImageProcessor(vae_scale_factor=run.pipeline.vae_scale_factor)
     with training_utils.offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        for one in latents:
-            one = one.to(run.accelerator.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
+        while len(pictures) < len(latents):
+            one = latents[len(pictures)].to(run.accelerator.device)[None]
             try:
-                pixels = vae.decode(one, return_dict=False)[0]
+                pixels = vae.decode(one / vae.config.scaling_factor + vae.config.shift_factor).sample
+                pictures += VaeImageProcessor().postprocess(pixels)
+                continue
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or vae.use_tiling:
                     raise
-                logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
-                vae.enable_tiling()
-                pixels = None
-            if pixels is None:  # outside of the handler, where the error no longer holds tensors
-                release_memory()
-                pixels = vae.decode(one, return_dict=False)[0]
-            pictures += processor.postprocess(pixels)
+            # Outside of the handler, where the error no longer holds tensors. The tiles may just be seen
+            logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
+            vae.enable_tiling()
+            release_memory()
     del vae
     release_memory()
     return pictures
@@ -1879,27 +1708,22 @@ def draw_crop(example: Example, args: argparse.Namespace, *draw: Any) -> tuple[f
     return tuple(torch.rand(2, generator=seeded_generator("crop", *draw)).tolist())
 
 
-def load_pixels(example: Example, crop: tuple[float, float], flip: bool) -> Tensor:
-    """An example's picture, cut to its bucket, as [3, H, W] in [-1, 1]; with a mask, [4, H, W]."""
-    return fit_to_bucket(load_picture(example), example.bucket, crop, flip)
-
-
 def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool], Tensor]:
     """{(example, flip): latents [C, h, w] on the CPU, with a mask [C + 1, h, w]}, each encoded by one process."""
-    cache = EncodingCache(run.args.encoding_cache_dir)
-    vae, encoded = None, []
+    args, vae, encoded = run.args, None, []
     for number, example in with_progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
-        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()  # decides the crop: latents can be reused
-        crop = "center" if run.args.center_crop or example.kind == "held-out" else "drawn"
-        for flip in (False, True) if run.args.random_flip and example.kind != "held-out" else (False,):
-            mask = file_digest(example.mask) if isinstance(example.mask, Path) else example.mask
-            key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, flip, mask)
-            latents = cache.get(key)
+        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()
+        crop = draw_crop(example, args, content)  # not by the run's seed: so the next run can use the latents
+        mask = file_digest(example.mask) if isinstance(example.mask, Path) else example.mask
+        settings = (content, example.bucket, crop, mask)
+        for flip in {False, args.random_flip and example.kind != "held-out"}:
+            file = encoding_file(args, "latents", run.pipeline.identity["vae"], *settings, flip)
+            latents = read_encoding(file)
             if latents is None:
                 vae = vae or load_vae(run)
-                pixels = load_pixels(example, draw_crop(example, run.args, content), flip)
+                pixels = fit_to_bucket(load_picture(example), example.bucket, crop, flip)
                 latents = encode_images(vae, pixels[None], run)[0].cpu()
-                cache.put(key, latents)
+                write_encoding(file, latents)
             assert latents.shape[1:] == run.pipeline.latent_shape(example.bucket)[1:]
             encoded.append((number, flip, latents))
     del vae
@@ -2642,7 +2466,9 @@ class TrainingData:
         if args.cache_latents:
             batch.latents = torch.stack([self.latents[sample.example, sample.flip] for sample in samples])
         else:
-            batch.pixels = torch.stack([load_pixels(sample.example, sample.crop, sample.flip) for sample in samples])
+            batch.pixels = torch.stack(
+                [fit_to_bucket(load_picture(s.example), s.example.bucket, s.crop, s.flip) for s in samples]
+            )
         return batch.map(Tensor.pin_memory) if self.run.accelerator.device.type == "cuda" else batch
 
     def read(
@@ -2803,9 +2629,9 @@ def save_validation_images(
             image.save(part, pnginfo=text)
         files.append(output.path / f"samples/{name}.png")
     for prompt, drawing in enumerate(prompts):
-        pictures = [picture_tensor(images[prompt, number]) for number in range(args.num_validation_images)]
+        pictures = np.hstack([images[prompt, number] for number in range(args.num_validation_images)])
         for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, drawing.prompt, torch.cat(pictures, dim=1).numpy(), step)
+            log_picture(tracker, prompt, drawing.prompt, pictures, step)
     return files
 
 
@@ -3522,9 +3348,8 @@ def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shap
     """The shapes of the run, from the pictures' headers and the tokenizer; the first 100 updates stand for all."""
     args = run.args
     tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
-    longest = run.pipeline.longest_prompt(args.max_sequence_length)
     drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
-    lengths = {text: min(count_tokens(tokenizer, text, longest), longest) for text in all_prompts(examples, args)}
+    lengths = {text: count_tokens(tokenizer, text, run) for text in all_prompts(examples, args)}
     class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
     if missing_class_images and not examples["class"]:
         one = dataclasses.replace(
@@ -3858,6 +3683,7 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
 
 def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
     """Pairs of pictures with the same bytes; only those of the same size are read."""
+    examples = {(e.kind, e.name): e for e in examples}.values()  # each once, of its sizes
     files = [(e, e.source.stat().st_size if isinstance(e.source, Path) else len(e.source())) for e in examples]
     often, first = Counter(size for _, size in files), {}
     alike = [e for e, size in files if often[size] > 1]
@@ -4197,7 +4023,7 @@ class Progress:
 
     def __init__(self, plan: TrainingPlan, first_update: int, accelerator: Accelerator) -> None:
         self.plan, self.first_update, self.accelerator = plan, first_update, accelerator
-        hidden = not shows_progress(accelerator)
+        hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
         self.bar = tqdm(desc="steps", total=plan.max_train_steps, initial=first_update, disable=hidden)
         self.started = self.printed = time.monotonic()
         self.loss = math.nan  # smoothed over some twenty updates
@@ -4321,8 +4147,8 @@ def main(args: argparse.Namespace) -> None:
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
     check_folders(examples, args)
-    missing = max(0, args.num_class_images - len(examples["class"])) if args.with_prior_preservation else 0
-    examples = {kind: add_resolutions(examples[kind], args) for kind in examples}
+    class_images = {example.name for example in examples.get("class", [])}
+    missing = max(0, args.num_class_images - len(class_images)) if args.with_prior_preservation else 0
     plan = TrainingPlan(examples, run)
     logger.info("\n".join(describe_plan(examples, missing, plan, run)))
     run, watched = plan_memory(examples, missing, run)
@@ -4334,8 +4160,7 @@ def main(args: argparse.Namespace) -> None:
     if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
         logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
         return
-    for kind in examples:
-        verify_pictures(examples[kind][:PICTURES_VERIFIED])
+    verify_pictures(examples)
     if args.dry_run:
         if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
             logger.info(next_command(sys.argv))
@@ -4351,7 +4176,7 @@ def main(args: argparse.Namespace) -> None:
     if missing:
         with watched("class pictures"):
             generate_class_images(missing, prompt_embeds, run)
-        examples["class"] = add_resolutions(load_folder("class", args), args)
+        examples["class"] = load_examples("class", args)
     plan = TrainingPlan(examples, run, prompt_embeds)
     data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = [e for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]

@@ -185,7 +185,7 @@ def picture_corpus(seed):
     for name, content in sound_pictures().items():
         corpus += [(f"{number}-{name}", mutate(content, generator)) for number in range(20)]
     corpus += [
-        (f"other-{number}{generator.choice(sorted(trainer.picture_formats()))}", mutate(content, generator))
+        (f"other-{number}{generator.choice(sorted(trainer.PICTURE_FORMATS))}", mutate(content, generator))
         for number, content in enumerate([*sound_pictures().values()] * 2)
     ]
     return corpus
@@ -193,13 +193,12 @@ def picture_corpus(seed):
 
 def read_whole(folder):
     """What a folder of pictures becomes in training, by the trainer's own functions: [3, 64, 64] each."""
-    args = trainer.parse_args(train_args("model", folder, "out"))
-    examples = trainer.load_all_examples(args)["instance"]
+    examples = trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out")))
     trainer.verify_pictures(examples)
     pictures = []
-    for example in examples:
+    for example in examples["instance"]:
         try:
-            image = trainer.decode_image(example.name, example.source)
+            image = trainer.load_picture(example)
         except trainer.UserError as error:
             raise AssertionError(f"passed the check before training, and failed in it: {error}") from None
         pictures.append(trainer.fit_to_bucket(image, example.bucket, (0.3, 0.7), flip=True))
@@ -582,7 +581,7 @@ MALFORMED = [
     ({"report_to": ""}, "report_to"),
     ({"report_to": "tensorbord"}, "report_to tensorbord"),
     ({"report_to": "tensorboard,none"}, "report_to"),
-    ({"attention_backend": "magic"}, "attention_backend magic"),
+    ({"attention_backend": "magic"}, "--attention_backend: invalid choice: 'magic'"),
     ({"enable_npu_flash_attention": True}, "enable_npu_flash_attention"),
     ({"fsdp_text_encoder": True}, "fsdp_text_encoder"),
     ({"do_fp8_training": True, "bnb_quantization_config_path": "x.json"}, "bnb_quantization_config_path"),

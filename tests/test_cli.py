@@ -429,6 +429,5 @@ def test_what_takes_long_says_how_far_it_is_where_there_is_no_terminal(monkeypat
     monkeypatch.setattr(trainer.logger, "propagate", True)
     caplog.set_level("INFO")
     process = SimpleNamespace(is_main_process=True)
-    monkeypatch.setattr(trainer, "shows_progress", lambda accelerator: False)
     assert list(trainer.with_progress(range(4), "pictures", process)) == [0, 1, 2, 3]
     assert [record.getMessage() for record in caplog.records] == ["pictures: 1 of 4"]

@@ -35,7 +35,7 @@ def captions(folder=None, **flags):
 
 def decoded(path):
     """The picture in a file as the trainer sees it, [H, W, 3] in 0..255."""
-    return np.asarray(trainer.decode_image(str(path), path)).astype(int)
+    return np.asarray(trainer.decode_image(str(path), path).convert("RGB")).astype(int)
 
 
 def assert_mistake(error, *words):
@@ -232,7 +232,8 @@ def test_exif_orientation_is_followed(orientation, suffix, tmp_path):
     options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(suffix, {})
     Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(path, exif=exif, **options)
     assert np.abs(decoded(path) - upright).max() <= 3
-    assert trainer.picture_size(str(path), path) == (32, 48)
+    (example,) = read_examples(tmp_path)
+    assert example.size == (32, 48)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -247,7 +248,7 @@ def test_truncated_picture_is_named(kind, share, tmp_path):
     assert_mistake(error, path)
 
 
-@pytest.mark.parametrize("read", [trainer.picture_size, trainer.decode_image])
+@pytest.mark.parametrize("read", [lambda path: read_examples(path.parent), decoded])
 @pytest.mark.parametrize(
     "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP"]
 )
@@ -255,7 +256,7 @@ def test_file_that_is_no_picture_is_named(data, read, tmp_path):
     path = tmp_path / "picture.jpg"
     path.write_bytes(data)
     with pytest.raises(trainer.UserError) as error:
-        read(str(path), path)
+        read(path)
     assert_mistake(error, path)
 
 

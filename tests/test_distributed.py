@@ -71,15 +71,15 @@ def observe(path, fsdp, change, trainer):
     original = vars(trainer).copy()
     text_encoders = []
 
-    def load_text_pipeline(*args):
-        pipeline = original["load_text_pipeline"](*args)
-        text_encoders.append(pipeline.text_encoder)
-        return pipeline
+    def load(pipeline, cls, part, **options):
+        component = original_load(pipeline, cls, part, **options)
+        text_encoders.extend([component] if part == "text_encoder" else [])
+        return component
 
-    def count_tokens(tokenizer, prompt, limit):
+    def count_tokens(tokenizer, prompt, run):
         notes["prompts"].append(prompt)
         notes["bytes"]["text encoder"] = local_bytes(text_encoders[0])
-        return original["count_tokens"](tokenizer, prompt, limit)
+        return original["count_tokens"](tokenizer, prompt, run)
 
     def decode_image(name, source, *side, **options):
         if side != (trainer.CHECKED_SIDE,):  # else it is only looked at for damage
@@ -112,7 +112,8 @@ def observe(path, fsdp, change, trainer):
         if opened or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             notes["written"].append(os.fspath(arguments[0]))
 
-    changed = (load_text_pipeline, count_tokens, decode_image, train, training_loss, sum_over_processes, main)
+    original_load, trainer.PipelineInfo.load = trainer.PipelineInfo.load, load
+    changed = (count_tokens, decode_image, train, training_loss, sum_over_processes, main)
     vars(trainer).update({function.__name__: function for function in changed})
     sys.addaudithook(note_writing)
 

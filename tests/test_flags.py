@@ -84,7 +84,7 @@ def test_a_crop_is_drawn_anew_unless_it_is_centred(kind, center_crop, drawn, tin
     wide = dataclasses.replace(wide, kind=kind)
     assert wide.size[0] < wide.size[1] and wide.bucket[0] == wide.bucket[1]
     crops = [trainer.draw_crop(wide, run.args, run.seed, kind, number) for number in (1, 1, 2)]
-    one, same, other = (trainer.load_pixels(wide, crop, False) for crop in crops)
+    one, same, other = (trainer.fit_to_bucket(trainer.load_picture(wide), wide.bucket, crop, False) for crop in crops)
     assert torch.equal(one, same)
     assert torch.equal(one, other) is not drawn
 
@@ -107,7 +107,7 @@ def test_the_configuration_of_a_data_set_is_asked_for():
         mock.patch("datasets.load_dataset", side_effect=ValueError("seen")) as load,
         pytest.raises(trainer.UserError, match="seen"),
     ):
-        trainer.load_dataset_examples(args)
+        trainer.load_all_examples(args)
     assert load.call_args == mock.call("dogs", "small", cache_dir="here")
 
 
@@ -153,11 +153,13 @@ def test_a_damaged_encoding_is_made_anew_and_a_full_disk_stops_nothing(tiny_mode
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
-    assert f"{file} is damaged" in caplog.text
+    assert f"Reading {file} of --encoding_cache_dir, which is damaged" in caplog.text
     file.unlink()
     with mock.patch.object(trainer, "save_file", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
         assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
-    assert "cannot be written (" in caplog.text and not list(tmp_path.glob("*.safetensors"))
+    assert f"Writing to --encoding_cache_dir {tmp_path} failed (" in caplog.text and not list(
+        tmp_path.glob("*.safetensors")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,9 +188,10 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
     flags = {"revision": "v2", "cache_dir": "here", "variant": "fp16"}
     run = make_run(tiny_model, **flags)
     loader = mock.Mock()
-    run.pipeline.load(loader, "vae", dtype=torch.float32)
+    loader.from_pretrained.return_value = ("the VAE", {"missing_keys": []})
+    assert run.pipeline.load(loader, "vae", dtype=torch.float32) == "the VAE"
     loader.from_pretrained.assert_called_once_with(
-        run.pipeline.path, subfolder="vae", variant="fp16", dtype=torch.float32
+        run.pipeline.path, subfolder="vae", variant="fp16", dtype=torch.float32, output_loading_info=True
     )
     run.args.pretrained_model_name_or_path = "someone/z-image"
     accelerator = mock.MagicMock()

@@ -484,8 +484,8 @@ def test_fp16_on_the_cpu_is_refused_and_bf16_named(train, refuse_models):
 def test_bf16_on_a_gpu_that_emulates_it_is_warned_about(emulated, warnings, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"))
-    trainer.check_device(trainer.parse_args(train_args("m", "d", "o")), accelerator)
+    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"), distributed_type="NO")
+    trainer.check_machine(trainer.parse_args(train_args("m", "d", "o")), accelerator)
     assert caplog.text.count("Tesla T4 emulates it") == warnings
 
 
@@ -806,18 +806,18 @@ def test_the_held_out_levels_of_the_pictures_cover_the_schedule_evenly(monkeypat
 
 
 def test_two_runs_may_write_one_entry_of_the_cache_at_the_same_time(tmp_path, monkeypatch):
-    cache, save = trainer.EncodingCache(tmp_path), trainer.save_file
+    file, save = tmp_path / "key.safetensors", trainer.save_file
 
     def save_while_another_does(tensors, path):
         monkeypatch.setattr(trainer, "save_file", save)
         save(tensors, path)
         monkeypatch.setattr(os, "getpid", lambda: 0)
-        cache.put(("key",), torch.ones(3))  # the other run, from its begin to its end
+        trainer.write_encoding(file, torch.ones(3))  # the other run, from its begin to its end
         assert Path(path).exists()  # this one's is not in its way
 
     monkeypatch.setattr(trainer, "save_file", save_while_another_does)
-    cache.put(("key",), torch.ones(3))
-    assert torch.equal(cache.get(("key",)), torch.ones(3)) and len([*tmp_path.iterdir()]) == 1
+    trainer.write_encoding(file, torch.ones(3))
+    assert torch.equal(trainer.read_encoding(file), torch.ones(3)) and len([*tmp_path.iterdir()]) == 1
 
 
 def test_fp16_is_scaled_skips_what_is_not_finite_and_keeps_its_scale_in_checkpoints(tiny_model, tmp_path):

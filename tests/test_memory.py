@@ -99,20 +99,20 @@ def test_weights_take_the_memory_that_is_counted(precision, narrow_model, monkey
 
 
 def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, monkeypatch):
-    load, linear = trainer.load_text_pipeline, torch.nn.functional.linear
+    load, linear = trainer.PipelineInfo.load, torch.nn.functional.linear
     encoder, most = [], [0]
 
-    def remember(*args):
-        pipeline = load(*args)
-        encoder[:] = [pipeline.text_encoder]
-        return pipeline
+    def remember(*args, **options):
+        component = load(*args, **options)
+        encoder[:] = [component]  # the text encoder comes last
+        return component
 
     def count_weights(*args):
         here = sum(parameter.numel() for parameter in encoder[0].parameters() if not parameter.is_meta)
         most[0] = max(most[0], here)
         return linear(*args)
 
-    monkeypatch.setattr(trainer, "load_text_pipeline", remember)
+    monkeypatch.setattr(trainer.PipelineInfo, "load", remember)
     monkeypatch.setattr(torch.nn.functional, "linear", count_weights)
     embeds, weights = [], []
     for flags in ({}, {"offload": True}):

@@ -684,7 +684,7 @@ def refuse_to_load(trainer):
     def refuse(*args, **kwargs):
         raise AssertionError("weights are loaded")
 
-    trainer.PipelineInfo.load = trainer.load_text_pipeline = refuse
+    trainer.PipelineInfo.load = refuse
 
 
 @pytest.mark.parametrize("flag", ["encoding_cache_dir", "logging_dir"])

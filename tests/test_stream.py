@@ -222,7 +222,7 @@ def sizes(tmp_path):
 def test_a_picture_is_trained_at_each_resolution_that_does_not_enlarge_it(flags, expected, sizes, caplog):
     args = trainer.parse_args(train_args("model", sizes, "out", **flags))
     with caplog.at_level("INFO", logger=trainer.logger.name):
-        examples = trainer.add_resolutions(trainer.load_all_examples(args)["instance"], args)
+        examples = trainer.load_all_examples(args)["instance"]
     found = {}
     for example in examples:
         found.setdefault(Path(example.name).stem, []).append("{}x{}".format(*example.bucket))
