@@ -8,10 +8,8 @@
         --instance_prompt "a photo of sks dog" --mixed_precision bf16 --gradient_checkpointing --cache_latents \\
         --max_train_steps 500 --output_dir trained-z-image-lora
 
-    accelerate launch train_dreambooth_lora_z_image.py @configs/character.args --dry_run ...    # the plan, no training
-    accelerate launch train_dreambooth_lora_z_image.py ... --resume_from_checkpoint latest      # go on after a stop
-
-The data flows in a straight line, and the chapters of this file follow it; nothing is used above its definition:
+With --dry_run it prints the plan and trains nothing, with --resume_from_checkpoint latest it goes on after a stop,
+and @configs/character.args is a file of flags. The chapters follow the data, and nothing is used above its definition:
 
     picture file -> upright RGB -> bucket -> resized and cropped -> latents
     caption -> chat template -> Qwen3 hidden state -> prompt embedding
@@ -20,7 +18,7 @@ The data flows in a straight line, and the chapters of this file follow it; noth
 Three rules hold everywhere. Models are loaded in stages, each freed before the next, so that peak memory is the
 largest stage and not the sum. What is random about a sample is a function of the seed and of its number in the
 run, so that a resumed run is the same run. The gradient of an update is the mean over its samples, however they are
-split into micro-batches and processes.
+split into micro-batches and processes. `main`, at the end, is the list of stages.
 """
 
 import argparse
@@ -156,6 +154,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "WORLD
 PROCESS_TIMEOUT = timedelta(hours=2)  # of processes that wait for one that draws
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
 RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
+HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")  # in JSON and command lines; it cannot be encoded
 
 
 class UserError(ValueError):
@@ -176,10 +175,8 @@ HUB_ERRORS = {  # whose own messages are several lines, of addresses
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
-    for kind, reason in HUB_ERRORS.items():
-        if isinstance(error, kind):
-            return reason
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reasons = [reason for kind, reason in HUB_ERRORS.items() if isinstance(error, kind)]
+    return (reasons or str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -209,28 +206,10 @@ def optional(what: str) -> Iterator[None]:
         error_once(f"{what} failed ({first_line(error)}): the run goes on; make room, or leave out what asks for it")
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON and command lines can hold surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and signals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_text(path: Path) -> str:
     """The UTF-8 text of a file, stripped. Raises UserError."""
-    try:
+    with user_errors(f"{path} cannot be read as UTF-8", OSError, UnicodeError):
         return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: save it in that encoding") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_rows(path: Path) -> list[tuple[str, Any]]:
@@ -250,11 +229,9 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
 def clean_caption(caption: Any, where: str) -> str:
     """A caption from a data set: a string, or the first of a list of strings; nothing is ''. Raises UserError."""
     caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
-    if caption is None:
-        return ""
-    if not isinstance(caption, str) or not is_unicode(caption):
+    if caption is not None and (not isinstance(caption, str) or HALF_A_CHARACTER.search(caption)):
         raise UserError(f"{where}: the caption {caption!r} is not a text, or holds half a character: correct it")
-    return caption.strip()
+    return (caption or "").strip()
 
 
 def comparable(name: str) -> str:
@@ -277,11 +254,6 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as UTF-8."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
 FILE_KINDS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a pickled checkpoint", b"\x80": "a pickled checkpoint",
               b"version": "a git-lfs pointer, not the weights", b"<": "a web page"}  # fmt: skip
 
@@ -295,27 +267,23 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a safetensors file")
     with open(path, "rb") as file:
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        text = file.read(length) if length < 10**8 else b""  # which is safetensors' own limit
-    size, actual = 8 + length, path.stat().st_size
-    try:
-        if not text.startswith(b"{"):
-            raise ValueError
-        header = json.loads(text) if len(text) == length else {}
-        size += (
-            max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__") if header else 1
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        header = file.read(min(int.from_bytes(start, "little"), 10**8))  # safetensors' own limit
+    if not header.startswith(b"{"):
         kind = next((kind for magic, kind in FILE_KINDS.items() if start.startswith(magic)), "no safetensors file")
-        raise UserError(f"{path} is {kind}: give a safetensors file") from None
-    if size > actual:
-        raise UserError(f"{path} is half a download ({actual:,} bytes of at least {size:,}): fetch it again")
-    return header
+        raise UserError(f"{path} is {kind}: give a safetensors file")
+    with user_errors(f"{path} is half a download, fetch it again", SafetensorError), safe_open(path, "pt"):
+        return json.loads(header)
 
 
 def digest_of(value: Any) -> str:
     """A digest of anything whose repr says all of it."""
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def digest_number(*parts: Any) -> int:
@@ -326,12 +294,6 @@ def digest_number(*parts: Any) -> int:
 def seeded_generator(*parts: Any) -> torch.Generator:
     """A CPU generator whose state is a function of `parts` alone."""
     return torch.Generator().manual_seed(digest_number(*parts))
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -351,19 +313,17 @@ def flush_to_disk(path: Path) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename a file or folder, again for some seconds where a virus scanner or a sync client holds it."""
-    for pause in (*RENAMING_PAUSES, None):
-        try:
-            return os.rename(source, target) if source.is_dir() else os.replace(source, target)
-        except PermissionError:
-            if pause is None:
-                raise
-            time.sleep(pause)
+    for pause in RENAMING_PAUSES:
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mark: Any = "part") -> Iterator[Path]:
     """Yields another name for the body to write a file under, which then takes its place whole, or not at all."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    part = path.with_name(f".{path.stem}.{mark}{path.suffix}")
     try:
         yield part
         umask = os.umask(0)
@@ -375,11 +335,16 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-class StopSignal:
+class StopSignal(contextlib.ExitStack):
     """Notes the signals that end a run, for the step or picture at hand to be finished; `number` is 0 until then."""
 
     def __init__(self, list_kept: Callable[[], list[Path]]) -> None:
-        self.list_kept, self.number, self.noted, self.previous = list_kept, 0, 0.0, {}
+        super().__init__()
+        self.list_kept, self.number, self.noted = list_kept, 0, 0.0
+        for number in STOP_SIGNALS:
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # as of nohup
+                with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
+                    self.callback(signal.signal, number, signal.signal(number, self.note) or signal.SIG_DFL)
 
     def note(self, number: int, frame: Any) -> None:
         """Handle a signal. Raises KeyboardInterrupt for a second Ctrl-C."""
@@ -390,17 +355,6 @@ class StopSignal:
             kept = ", ".join(map(str, self.list_kept())) or "no checkpoint"
             logger.warning(f"Ended at once, in the middle of a step; there is {kept}")
             raise KeyboardInterrupt
-
-    def __enter__(self) -> "StopSignal":
-        for number in STOP_SIGNALS:
-            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # as of nohup
-                with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: no signals then
-                    self.previous[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class OutputFolder:
@@ -415,17 +369,16 @@ class OutputFolder:
         self.path, self.file = Path(path), Path(path, RUN_FILE)
         self.record: dict[str, Any] = {"finished": False, "steps": 0, "files": {}}
         if os.path.lexists(self.file):
-            what = f"{self.file} does not list what this program made (move it away, or take another --output_dir)"
-            with user_errors(what, ValueError, LookupError, TypeError, RecursionError):
+            with user_errors(f"{self.file} is not this program's: move it away, or take another --output_dir"):
                 record = json.loads(read_text(self.file))
                 self.record |= record | {"files": dict(record["files"])}
 
     def update(self, **facts: Any) -> None:
-        """Write `run.json`, whole or not at all, with these facts changed."""
+        """Write `run.json` with these facts changed."""
         self.record |= facts
         self.path.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as part:
-            write_json(part, self.record)
+            part.write_text(json.dumps(self.record, indent=1))
             flush_to_disk(part)
 
     def owns(self, name: str) -> bool:
@@ -440,9 +393,9 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """List a file that the body writes, under the name that this yields, to replace the one that there is.
+        """List a file, and replace it by what the body writes under the name that this yields.
 
-        Raises FileExistsError where that is the user's.
+        Raises FileExistsError where it is the user's.
         """
         path = self.path / name
         if not self.owns(name):
@@ -453,19 +406,12 @@ class OutputFolder:
             yield part
         self.update(files=self.record["files"] | {name: file_digest(path)})
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is as this program left it."""
-        if name in self.own_files:
-            (self.path / name).unlink()
-            self.update(files={other: digest for other, digest in self.record["files"].items() if other != name})
-
 
 def release_memory() -> None:
     """Return the memory of deleted models to the device and to the system: the C library keeps some of it."""
     training_utils.free_memory()
-    if LINUX:
-        with contextlib.suppress(AttributeError):  # of glibc alone
-            ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError, TypeError):  # of glibc alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,72 +420,48 @@ def release_memory() -> None:
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser whose errors are one line; `@file` arguments may hold comments and several words a line.
-
-    `~/` at the beginning of a value is the home folder: shells see to that in `--flag ~/x` alone.
-    """
+    """A parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        args = sys.argv[1:] if args is None else args
-        words = [self.read_words(Path(arg[1:]).expanduser()) if arg.startswith("@") else [arg] for arg in args]
-        home = functools.partial(
-            re.sub, r"^(--\w+=)?~(?=[/\\])", lambda flag: (flag[1] or "") + os.path.expanduser("~")
-        )
-        words = [home(word) for word in sum(words, [])]
-        return super().parse_known_args(words, namespace)
-
-    def read_words(self, path: Path) -> list[str]:
-        """The words of an `@file`: argparse's own reader leaves the encoding to the locale."""
-        try:
-            words = []
-            for line in read_text(path).splitlines():
-                lexer = shlex.shlex(line, posix=True)
-                lexer.whitespace_split, lexer.escape = True, "" if WINDOWS else "\\"
-                words += lexer
-            return words
-        except ValueError as error:  # of read_text, or an open quote
-            self.error(f"cannot read the arguments in {path}: {first_line(error)}")
+        raise UserError(message)
 
 
-def boolean(text: str) -> bool:
-    """`true`, `1`, `yes` or their opposites, in any letter case."""
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return value
+def read_arguments(path: Path) -> list[str]:
+    """The words of an `@file`, in which # begins a comment. Raises UserError."""
+    words = []
+    for line in read_text(path).splitlines():
+        lexer = shlex.shlex(line, posix=True)
+        lexer.whitespace_split, lexer.escape = True, "" if WINDOWS else "\\"
+        with user_errors(f"{path}: {line!r}", ValueError):  # an open quote
+            words += lexer
+    return words
 
 
-def bounded(
-    kind: type, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) with `low <= value <= high`, or `value > above`."""
+def checked(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind for which `holds`, which is `wanted` in words."""
 
-    def parse(text: str) -> Any:
+    def number(text: str) -> Any:
         value = kind(text)
-        if not abs(value) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text[:20]} is not finite, or too large")
-        if low is not None and value < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is above {high}")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text[:20]} is not {wanted}")
         return value
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
-count = bounded(int, low=1)
-whole = bounded(int, low=0)
-positive = bounded(float, above=0)
-non_negative = bounded(float, low=0)
-fraction = bounded(float, low=0, high=1)
+count = checked(int, "from 1 to 2^63", lambda n: 1 <= n < 2**63)
+whole = checked(int, "from 0 to 2^63", lambda n: 0 <= n < 2**63)
+positive = checked(float, "above 0", lambda x: 0 < x < math.inf)
+non_negative = checked(float, "0 or more", lambda x: 0 <= x < math.inf)
+finite = checked(float, "finite", math.isfinite)
+fraction = checked(float, "from 0 to 1", lambda x: 0 <= x <= 1)
+below_one = checked(float, "from 0 to below 1", lambda x: 0 <= x < 1)
+
+
+def fraction_or_word(text: str) -> float | str:
+    """An argparse type: a number from 0 to 1, `true`, `false` or `auto`."""
+    words = {"auto": "auto", "true": 1.0, "false": 0.0}
+    return words[text.lower()] if text.lower() in words else fraction(text)
 
 
 def resolutions(text: str) -> tuple[int, ...]:
@@ -547,187 +469,166 @@ def resolutions(text: str) -> tuple[int, ...]:
     return tuple(map(count, text.split(",")))
 
 
-def fraction_or_word(text: str) -> float | str:
-    """A number from 0 to 1, `true`, `false` or `auto`."""
-    if text == "auto":
-        return text
-    return fraction(text) if re.match(r"[\d.+-]", text) else float(boolean(text))
+def bucket_list(text: str) -> list[Size]:
+    """An argparse type: `"h,w;h,w"` in pixels, each a multiple of 16."""
+    with contextlib.suppress(ValueError):
+        buckets = [(int(h), int(w)) for h, w in (pair.split(",") for pair in text.split(";") if pair.strip())]
+        if buckets and all(side > 0 and side % SIZE_MULTIPLE == 0 for side in itertools.chain(*buckets)):
+            return buckets
+    raise argparse.ArgumentTypeError(f"{text!r} is not as 1024,1024;832,1248, in multiples of {SIZE_MULTIPLE}")
 
 
 def build_parser() -> OneLineErrorParser:
     """The command line: every flag, in groups by topic."""
+
+    def add(usage: str, text: str, **options: Any) -> None:
+        """A flag of the group: "--name METAVAR" with its help and options of argparse; with neither, a switch."""
+        flag, _, metavar = usage.partition(" ")
+        if metavar:
+            options["metavar"] = metavar
+        elif not options:
+            options["action"] = "store_true"
+        text += f" Default: {options['default']}." if options.get("default") not in (None, False) else ""
+        group.add_argument(flag, help=text, **options)
+
     # fmt: off
     parser = OneLineErrorParser(
         prog="train_dreambooth_lora_z_image.py",
         description="Teach Z-Image a subject, a character or a style from a few pictures, as a LoRA.",
         epilog="@FILE reads arguments from a file: one flag a line, # begins a comment.",
     )
+    parser.register("type", None, os.path.expanduser)  # of texts: shells do that in `--flag ~/x` alone
 
-    add = parser.add_argument_group("Model and precision").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="Z-Image: a local folder or a Hub id.")
-    add("--transformer_path", metavar="FILE",
-        help="The transformer from one safetensors file, as ComfyUI and model sites give it (bf16, fp16, fp8).")
-    add("--revision", help="Branch, tag or commit of the model on the Hub.")
-    add("--variant", help="Variant of the weight files, for example fp16.")
-    add("--cache_dir", help="Where models and data sets from the Hub are downloaded to.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="Type of the frozen weights and of the products; the LoRA stays float32. Default: accelerate's config.")
-    add("--do_fp8_training", action="store_true",
-        help="Hold the transformer in float8 and multiply in float8 (CUDA needs compute capability 8.9).")
-    add("--base_model_precision", choices=["int8", "fp8", "nf4"],
-        help="Hold the transformer in that: int8 is for any GPU, fp8 is --do_fp8_training, nf4 is configs/nf4.json.")
-    add("--bnb_quantization_config_path", metavar="JSON",
-        help="Hold the transformer in 4 or 8 bits: a JSON of bitsandbytes settings, see configs/nf4.json.")
-    add("--gradient_checkpointing", type=fraction_or_word, nargs="?", const=True, default=False, metavar="FRACTION",
-        help="Recompute the transformer's blocks, or a fraction of them (auto: as memory needs): less memory, slower.")
-    add("--offload", action="store_true",
-        help="Keep encoders, and the inputs of recomputed blocks, in host memory while the device does not need them.")
-    add("--allow_tf32", action="store_true", help="Allow TF32 in float32 matrix products on Ampere and later.")
-    add("--compile", action="store_true", help="Compile the repeated transformer block with torch.compile.")
-    add("--base_adapter", metavar="PATH[:WEIGHT]",
-        help="A LoRA merged into the base for training alone, such as a training adapter for a distilled model.")
-    add("--attention_backend", metavar="NAME", choices=[backend.value for backend in AttentionBackendName],
-        help="A backend of diffusers' attention dispatcher, for example native.")
-    add("--enable_npu_flash_attention", action="store_true", help="Use the NPU's flash attention (needs torch_npu).")
-    add("--fsdp_text_encoder", action="store_true", help="Shard the text encoder over the processes while it encodes.")
+    group = parser.add_argument_group("Model and precision")
+    add("--pretrained_model_name_or_path MODEL", "Z-Image: a local folder or a Hub id.", required=True)
+    add("--transformer_path FILE", "Its transformer from one safetensors file, as ComfyUI and model sites give it.")
+    add("--revision NAME", "Branch, tag or commit of the model on the Hub.")
+    add("--variant NAME", "Variant of the weight files, for example fp16.")
+    add("--cache_dir DIR", "Where models and data sets from the Hub are downloaded to.")
+    add("--mixed_precision", "Of frozen weights and products; the LoRA stays float32. Default: accelerate's config.",
+        choices=["no", "fp16", "bf16"])
+    add("--do_fp8_training", "Hold the transformer in float8 and multiply in it (CUDA: compute capability 8.9).")
+    add("--base_model_precision", "Hold it in int8 (any GPU), fp8 (--do_fp8_training) or nf4 (configs/nf4.json).",
+        choices=["int8", "fp8", "nf4"])
+    add("--bnb_quantization_config_path JSON", "Hold it in 4 or 8 bits, by bitsandbytes: see configs/nf4.json.")
+    add("--gradient_checkpointing FRACTION", "Recompute that much of the blocks, or auto: as much as memory needs.",
+        type=fraction_or_word, nargs="?", const=True, default=False)
+    add("--offload", "Keep encoders and the inputs of recomputed blocks in host memory while they are not needed.")
+    add("--allow_tf32", "Allow TF32 in float32 matrix products on Ampere and later.")
+    add("--compile", "Compile the repeated transformer block with torch.compile.")
+    add("--base_adapter PATH[:WEIGHT]", "A LoRA merged into the base for training alone, as for a distilled model.")
+    add("--attention_backend NAME", "A backend of diffusers' attention dispatcher, for example native.",
+        choices=[backend.value for backend in AttentionBackendName])
+    add("--enable_npu_flash_attention", "Use the NPU's flash attention (needs torch_npu).")
+    add("--fsdp_text_encoder", "Shard the text encoder over the processes while it encodes.")
 
-    add = parser.add_argument_group("Data").add_argument
-    add("--instance_data_dir", metavar="DIR",
-        help="Folder of pictures, with captions in photo.txt, metadata.jsonl or metadata.csv.")
-    add("--dataset_name", metavar="NAME", help="Instead of a folder: a data set on the Hub or on disk.")
-    add("--dataset_config_name", metavar="NAME", help="Configuration of that data set.")
-    add("--image_column", default="image", metavar="NAME", help="Its column of pictures. Default: image.")
-    add("--caption_column", metavar="NAME", help="Its column of captions, or the field of metadata.jsonl or .csv.")
-    add("--instance_prompt", metavar="PROMPT",
-        help='Caption of every picture that has none of its own, for example "a photo of sks dog".')
-    add("--caption_prefix", metavar="TEXT", help="A trigger word, put before captions that do not begin with it.")
-    add("--masked_loss", action="store_true",
-        help="Weigh each picture's loss by its alpha channel, or by photo-masklabel.png: white is what matters.")
-    add("--unmasked_weight", type=fraction, default=0.1, metavar="W", help="Of the rest, beside that. Default: 0.1.")
-    add("--repeats", type=count, default=1, metavar="N", help="How often each picture counts in an epoch. Default: 1.")
-    add("--resolution", type=resolutions, default=(1024,), metavar="PIXELS",
-        help="Side of the training pictures, or several: 512,768,1024 trains each picture at each. Default: 1024.")
-    add("--aspect_ratio_buckets", metavar='"H,W;H,W"',
-        help="Train each picture at the listed size nearest to its shape.")
-    add("--use_aspect_ratio_buckets", action="store_true",
-        help="Compute such sizes from --resolution; a small picture is not enlarged.")
-    add("--center_crop", action="store_true", help="Crop the middle. Without it, a crop is drawn anew every epoch.")
-    add("--random_flip", action="store_true", help="Mirror half of the samples, drawn anew every epoch.")
-    add("--max_sequence_length", type=count, default=512, metavar="TOKENS",
-        help="Longest prompt in tokens; a longer caption is cut, with a warning. Default: 512.")
-    add("--caption_dropout", type=fraction, default=0.0, metavar="FRACTION",
-        help="Fraction of samples trained on the empty prompt. Default: 0.")
-    add("--cache_latents", action="store_true",
-        help="Encode all pictures once, then free the VAE. Crops are drawn once; both flips are kept.")
-    add("--encoding_cache_dir", metavar="DIR",
-        help="Keep latents and prompt embeddings there, so that the next run need not encode them again.")
-    add("--dataloader_num_workers", type=whole, default=0, metavar="N",
-        help="Threads that read pictures ahead of time, at least one. Default: 0.")
+    group = parser.add_argument_group("Data")
+    add("--instance_data_dir DIR", "Folder of pictures; captions in photo.txt, metadata.jsonl or metadata.csv.")
+    add("--dataset_name NAME", "Instead of a folder: a data set on the Hub or on disk.")
+    add("--dataset_config_name NAME", "Configuration of that data set.")
+    add("--image_column NAME", "Its column of pictures.", default="image")
+    add("--caption_column NAME", "Its column of captions, or the field of metadata.jsonl or .csv.")
+    add("--instance_prompt PROMPT", 'Caption of every picture that has none, for example "a photo of sks dog".')
+    add("--caption_prefix TEXT", "A trigger word, put before captions that do not begin with it.")
+    add("--masked_loss", "Weigh the loss by the alpha channel or photo-masklabel.png: white is what matters.")
+    add("--unmasked_weight W", "Of the rest, beside that.", type=fraction, default=0.1)
+    add("--repeats N", "How often each picture counts in an epoch.", type=count, default=1)
+    add("--resolution PIXELS", "Side of the training pictures, or several: 512,768,1024 trains each picture at each.",
+        type=resolutions, default="1024")
+    add('--aspect_ratio_buckets "H,W;H,W"', "Sizes: each picture has the nearest in shape.", type=bucket_list)
+    add("--use_aspect_ratio_buckets", "Compute such sizes from --resolution; a small picture is not enlarged.")
+    add("--center_crop", "Crop the middle. Without it, a crop is drawn anew every epoch.")
+    add("--random_flip", "Mirror half of the samples, drawn anew every epoch.")
+    add("--max_sequence_length TOKENS", "Longer prompts are cut, with a warning.", type=count, default=512)
+    add("--caption_dropout FRACTION", "Of samples trained on the empty prompt.", type=fraction, default=0.0)
+    add("--cache_latents", "Encode all pictures once, then free the VAE. Crops are drawn once; both flips are kept.")
+    add("--encoding_cache_dir DIR", "Keep latents and prompt embeddings there for the next run.")
+    add("--dataloader_num_workers N", "Threads that read ahead, at least one.", type=whole, default=0)
 
-    add = parser.add_argument_group("Prior preservation").add_argument
-    add("--with_prior_preservation", action="store_true", help="Train on pictures of the class too, against drift.")
-    add("--class_data_dir", metavar="DIR", help="Folder of class pictures; missing ones are generated into it.")
-    add("--class_prompt", metavar="PROMPT", help='What they show, for example "a photo of a dog".')
-    add("--num_class_images", type=count, default=100, metavar="N", help="How many there must be. Default: 100.")
-    add("--prior_loss_weight", type=non_negative, default=1.0, metavar="W", help="Weight of their loss. Default: 1.")
-    add("--sample_batch_size", type=count, default=4, metavar="N", help="Batch size of generating them. Default: 4.")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"],
-        help="Precision of generating them. Default: that of training.")
+    group = parser.add_argument_group("Prior preservation")
+    add("--with_prior_preservation", "Train on pictures of the class too, against drift.")
+    add("--class_data_dir DIR", "Folder of class pictures; missing ones are generated into it.")
+    add("--class_prompt PROMPT", 'What they show, for example "a photo of a dog".')
+    add("--num_class_images N", "How many there must be.", type=count, default=100)
+    add("--prior_loss_weight W", "Weight of their loss.", type=non_negative, default=1.0)
+    add("--sample_batch_size N", "Batch size of generating them.", type=count, default=4)
+    add("--prior_generation_precision", "Default: that of training.", choices=["no", "fp32", "fp16", "bf16"])
 
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--init_lora", metavar="PATH",
-        help="Start from this LoRA, of diffusers', ComfyUI's or kohya's names: a file, a folder, or a Hub id.")
-    add("--rank", type=count, metavar="N", help="Dimension of the LoRA matrices. Default: --init_lora's, or 4.")
-    add("--lora_alpha", type=positive, metavar="A",
-        help="The update is scaled by alpha / rank. Default: --init_lora's, or 4.")
-    add("--lora_dropout", type=bounded(float, low=0, high=0.99), default=0.0, metavar="P",
-        help="Dropout on the input of the LoRA. Default: 0.")
-    add("--lora_layers", metavar="NAMES",
-        help="Modules that get a LoRA, by suffix or path. Default: --init_lora's, or to_k,to_q,to_v,to_out.0.")
+    group = parser.add_argument_group("LoRA")
+    add("--init_lora PATH", "Start from this LoRA of any program's names: a file, a folder, or a Hub id.")
+    add("--rank N", "Dimension of the LoRA matrices. Default: --init_lora's, or 4.", type=count)
+    add("--lora_alpha A", "The update is scaled by alpha / rank. Default: --init_lora's, or 4.", type=positive)
+    add("--lora_dropout P", "Dropout on the input of the LoRA.", type=below_one, default=0.0)
+    add("--lora_layers NAMES", "By suffix or path. Default: --init_lora's, or to_k,to_q,to_v,to_out.0.")
 
-    add = parser.add_argument_group("Optimization").add_argument
-    add("--train_batch_size", type=count, default=4, metavar="N", help="Pictures at once in each process. Default: 4.")
-    add("--gradient_accumulation_steps", type=count, default=1, metavar="N",
-        help="Batches whose gradients make one update. Default: 1.")
-    add("--num_train_epochs", type=count, default=1, metavar="N", help="Passes over the data. Default: 1.")
-    add("--max_train_steps", type=count, metavar="N", help="Updates in all; overrides --num_train_epochs.")
-    add("--learning_rate", type=non_negative, default=0.0001, metavar="LR", help="Default: 1e-4; for Prodigy 1.0.")
-    add("--scale_lr", action="store_true", help="Multiply the learning rate by the total batch size.")
+    group = parser.add_argument_group("Optimization")
+    add("--train_batch_size N", "Pictures at once in each process.", type=count, default=4)
+    add("--gradient_accumulation_steps N", "Batches whose gradients make one update.", type=count, default=1)
+    add("--num_train_epochs N", "Passes over the data.", type=count, default=1)
+    add("--max_train_steps N", "Updates in all; overrides --num_train_epochs.", type=count)
+    add("--learning_rate LR", "For Prodigy 1.0.", type=non_negative, default="1e-4")
+    add("--scale_lr", "Multiply the learning rate by the total batch size.")
     schedulers = [scheduler.value for scheduler in SchedulerType if scheduler != SchedulerType.PIECEWISE_CONSTANT]
-    add("--lr_scheduler", default="constant", metavar="NAME", choices=schedulers,
-        help="%(choices)s. Default: constant.")
-    add("--lr_warmup_steps", type=whole, default=500, metavar="N", help="Updates of warm-up. Default: 500.")
-    add("--lr_num_cycles", type=count, default=1, metavar="N", help="Restarts of cosine_with_restarts. Default: 1.")
-    add("--lr_power", type=positive, default=1.0, metavar="P", help="Power of polynomial. Default: 1.")
-    add("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw", metavar="{AdamW,prodigy}",
-        help="Default: AdamW.")
-    add("--use_8bit_adam", action="store_true", help="Keep AdamW's state in 8 bits (bitsandbytes).")
-    add("--adam_beta1", type=fraction, default=0.9, metavar="B", help="Of AdamW and Prodigy. Default: 0.9.")
-    add("--adam_beta2", type=fraction, default=0.999, metavar="B", help="Of AdamW and Prodigy. Default: 0.999.")
-    add("--adam_weight_decay", type=non_negative, default=0.0001, metavar="W", help="Of both as well. Default: 1e-4.")
-    add("--adam_epsilon", type=positive, default=1e-08, metavar="E", help="Of both as well. Default: 1e-8.")
-    add("--prodigy_beta3", type=fraction, metavar="B", help="Of Prodigy's step size. Default: the root of beta2.")
-    for name, text in [
-        ("decouple", "Decoupled weight decay, as in AdamW."),
-        ("use_bias_correction", "Adam's bias correction in Prodigy."),
-        ("safeguard_warmup", "Keep the warm-up out of Prodigy's estimate."),
-    ]:
-        add(f"--prodigy_{name}", type=boolean, nargs="?", const=True, default=True, metavar="BOOL",
-            help=f"{text} Default: true.")
-    add("--ema_decay", type=bounded(float, above=0, high=0.99999), metavar="D",
-        help="Validate and save the LoRA's weights averaged, over some 1 / (1 - D) updates; 0.995 is a good one.")
-    add("--max_grad_norm", type=positive, default=1.0, metavar="NORM", help="Gradients are clipped to it. Default: 1.")
-    add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none",
-        help="Density of the timesteps, or weighting of the loss, after the SD3 paper. Default: none (uniform).")
-    add("--logit_mean", type=bounded(float), default=0.0, metavar="M", help="Of logit_normal; above 0: more noise.")
-    add("--logit_std", type=positive, default=1.0, metavar="S", help="Of logit_normal. Default: 1.")
-    add("--mode_scale", type=bounded(float), default=1.29, metavar="S", help="Of mode. Default: 1.29.")
-    add("--timestep_shift", type=positive, metavar="S",
-        help="Shift of the training sigmas alone; inference keeps its own. Default: the scheduler's.")
-    add("--seed", type=bounded(int, low=0, high=2**63 - 1), metavar="N", help="Default: drawn once, logged and kept.")
+    add("--lr_scheduler NAME", "%(choices)s.", choices=schedulers, default="constant")
+    add("--lr_warmup_steps N", "Updates of warm-up.", type=whole, default=500)
+    add("--lr_num_cycles N", "Restarts of cosine_with_restarts.", type=count, default=1)
+    add("--lr_power P", "Power of polynomial.", type=positive, default=1.0)
+    add("--optimizer {AdamW,prodigy}", "Of the LoRA.", type=str.lower, choices=["adamw", "prodigy"], default="AdamW")
+    add("--use_8bit_adam", "Keep AdamW's state in 8 bits (bitsandbytes).")
+    add("--adam_beta1 B", "Of AdamW and Prodigy.", type=below_one, default=0.9)
+    add("--adam_beta2 B", "Of AdamW and Prodigy.", type=below_one, default=0.999)
+    add("--adam_weight_decay W", "Of both as well.", type=non_negative, default="1e-4")
+    add("--adam_epsilon E", "Of both as well.", type=positive, default="1e-8")
+    add("--prodigy_beta3 B", "Of Prodigy's step size. Default: the root of beta2.", type=fraction)
+    boolean = {"type": accelerate.utils.str_to_bool, "nargs": "?", "const": True, "default": True}
+    add("--prodigy_decouple BOOL", "Decoupled weight decay, as in AdamW.", **boolean)
+    add("--prodigy_use_bias_correction BOOL", "Adam's bias correction in Prodigy.", **boolean)
+    add("--prodigy_safeguard_warmup BOOL", "Keep the warm-up out of Prodigy's estimate.", **boolean)
+    add("--ema_decay D", "Validate and save weights averaged over some 1 / (1 - D) updates.", type=below_one)
+    add("--max_grad_norm NORM", "Gradients are clipped to it.", type=positive, default=1.0)
+    add("--weighting_scheme", "Density of timesteps, or weighting of the loss, by the SD3 paper; none: uniform.",
+        choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none")
+    add("--logit_mean M", "Of logit_normal; above 0: more noise.", type=finite, default=0.0)
+    add("--logit_std S", "Of logit_normal.", type=positive, default=1.0)
+    add("--mode_scale S", "Of mode.", type=finite, default=1.29)
+    add("--timestep_shift S", "Of the training sigmas alone. Default: the scheduler's.", type=positive)
+    add("--seed N", "Default: drawn once, logged and kept.", type=whole)
 
-    validation = parser.add_argument_group("Validation")
-    add = validation.add_argument
-    add("--validation_prompt", action="append", metavar="PROMPT",
-        help="Draw pictures of it while training, always from the same noise. May be repeated, or name a text file "
-             "of prompts, whose lines may end in --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED --n NEGATIVE.")
-    add("--num_validation_images", type=whole, default=4, metavar="N", help="For each prompt; 0: none. Default: 4.")
-    either = validation.add_mutually_exclusive_group().add_argument
-    either("--validation_epochs", type=count, default="50", metavar="N", help="Validate every N epochs. Default: 50.")
-    either("--validation_steps", type=count, metavar="N", help="Validate every N updates instead.")
-    add("--final_validation_prompt", metavar="PROMPT", help="For the pictures after training. Default: the same.")
-    add("--skip_final_inference", action="store_true", help="Draw no pictures after training.")
-    add("--validation_model_path", metavar="MODEL",
-        help="Draw them with the LoRA on this Z-Image model or transformer file (Turbo), not on the one in training.")
-    add("--validation_data_dir", metavar="DIR",
-        help="Held-out pictures, captioned like the others: their loss is logged beside the base model's.")
-    add("--save_best", action="store_true", help="Keep the LoRA of the lowest held-out loss in best/ as well.")
-    add("--guidance_scale", type=non_negative, default=5.0, metavar="G",
-        help="Guidance of all pictures that are drawn; 0 for Turbo. Default: 5.")
-    add("--validation_num_inference_steps", type=count, metavar="N", help="Denoising steps. Default: the pipeline's.")
+    group = parser.add_argument_group("Validation")
+    add("--validation_prompt PROMPT", "Draw pictures of it while training, always from the same noise. May be "
+        "repeated, or name a text file of prompts, whose lines may end in --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE "
+        "--d SEED --n NEGATIVE.", action="append")
+    add("--num_validation_images N", "For each prompt; 0: none.", type=whole, default=4)
+    add("--final_validation_prompt PROMPT", "For the pictures after training. Default: the same.")
+    add("--skip_final_inference", "Draw no pictures after training.")
+    add("--validation_model_path MODEL", "Draw them on this Z-Image model or transformer file (Turbo), with the LoRA.")
+    add("--validation_data_dir DIR", "Held-out pictures: their loss is logged beside the base model's.")
+    add("--save_best", "Keep the LoRA of the lowest held-out loss in best/ as well.")
+    add("--guidance_scale G", "Of all pictures that are drawn; 0 for Turbo.", type=non_negative, default=5.0)
+    add("--validation_num_inference_steps N", "Denoising steps. Default: the pipeline's.", type=count)
+    group = group.add_mutually_exclusive_group()
+    add("--validation_epochs N", "Validate every N epochs.", type=count, default="50")  # not 50: that may be given
+    add("--validation_steps N", "Validate every N updates instead.", type=count)
 
-    add = parser.add_argument_group("Output").add_argument
-    add("--output_dir", default="z-image-dreambooth-lora", metavar="DIR",
-        help="For the LoRA, checkpoints and pictures. Default: %(default)s.")
-    add("--logging_dir", default="logs", metavar="DIR", help="For tensorboard, inside --output_dir. Default: logs.")
-    add("--report_to", default="tensorboard", metavar="TRACKER",
-        help="accelerate's trackers: tensorboard, wandb, ..., all or none. Default: tensorboard.")
-    add("--checkpointing_steps", type=count, default=500, metavar="N", help="Save every N updates. Default: 500.")
-    add("--checkpoints_total_limit", type=count, metavar="N", help="Keep only the newest N. Default: all.")
-    add("--resume_from_checkpoint", metavar="PATH", help="A checkpoint folder, or latest.")
-    add("--upcast_before_saving", action="store_true", help="Save the LoRA in float32, not in the training precision.")
-    add("--push_to_hub", action="store_true", help="Upload the LoRA, its card and its pictures.")
-    add("--hub_model_id", metavar="ID", help="Repository. Default: the name of --output_dir.")
-    add("--hub_token", metavar="TOKEN", help="Default: the token of hf auth login.")
-    add("--hub_private", action="store_true", help="Make the repository private.")
-    add("--plan_for", type=positive, metavar="GIB",
-        help="With --dry_run: count the memory as for a CUDA card of that size that is not here.")
-    add("--dry_run", action="store_true", help="Read the data, print the plan, train nothing.")
+    group = parser.add_argument_group("Output")
+    add("--output_dir DIR", "For the LoRA, checkpoints and pictures.", default="z-image-dreambooth-lora")
+    add("--logging_dir DIR", "For tensorboard, inside --output_dir.", default="logs")
+    add("--report_to TRACKER", "Of accelerate's: tensorboard, wandb, ..., all or none.", default="tensorboard")
+    add("--checkpointing_steps N", "Save every N updates.", type=count, default=500)
+    add("--checkpoints_total_limit N", "Keep only the newest N. Default: all.", type=count)
+    add("--resume_from_checkpoint PATH", "A checkpoint folder, or latest.")
+    add("--upcast_before_saving", "Save the LoRA in float32, not in the training precision.")
+    add("--push_to_hub", "Upload the LoRA, its card and its pictures.")
+    add("--hub_model_id ID", "Repository. Default: the name of --output_dir.")
+    add("--hub_token TOKEN", "Default: the token of hf auth login.")
+    add("--hub_private", "Make the repository private.")
+    add("--plan_for GIB", "With --dry_run: count memory as for a CUDA card of that size, not here.", type=positive)
+    add("--dry_run", "Read the data, print the plan, train nothing.")
 
-    add = parser.add_argument_group("Accepted without effect").add_argument
-    add("--text_encoder_lr", type=float, help="The text encoder is frozen.")
-    add("--adam_weight_decay_text_encoder", type=float, help="The text encoder is frozen.")
-    add("--local_rank", type=int, help="The launcher's environment decides.")
+    group = parser.add_argument_group("Accepted without effect")
+    add("--text_encoder_lr LR", "The text encoder is frozen.", type=float)
+    add("--adam_weight_decay_text_encoder W", "The text encoder is frozen.", type=float)
+    add("--local_rank N", "The launcher's environment decides.", type=int)
     # fmt: on
     return parser
 
@@ -737,33 +638,10 @@ def round_size(side: float) -> int:
     return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
 
-def parse_buckets(text: str) -> list[Size]:
-    """`"h,w;h,w"` -> [(h, w), ...] in pixels, each a multiple of 16. Raises UserError."""
-    buckets = []
-    for pair in filter(None, (part.strip() for part in text.split(";"))):
-        try:
-            height, width = (int(side) for side in pair.split(","))
-        except ValueError:
-            raise UserError(f"--aspect_ratio_buckets: {pair!r} is not a pair height,width") from None
-        if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise UserError(f"--aspect_ratio_buckets: {pair} must be positive multiples of {SIZE_MULTIPLE}")
-        buckets.append((height, width))
-    if not buckets:
-        raise UserError('--aspect_ratio_buckets is empty: give pairs such as "1024,1024;832,1248"')
-    return buckets
-
-
 @functools.cache
 def bucket_ladder(resolution: int) -> list[Size]:
     """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
     return training_utils.generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
-
-
-def list_buckets(args: argparse.Namespace) -> list[Size] | None:
-    """The smallest buckets to choose from, or None where each picture finds its own size."""
-    if args.aspect_ratio_buckets:
-        return parse_buckets(args.aspect_ratio_buckets)
-    return None if args.use_aspect_ratio_buckets else [(round_size(min(args.resolution)),) * 2]
 
 
 def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
@@ -780,9 +658,8 @@ def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Si
 
     if buckets:
         return min(buckets, key=distance)
-    for side in range(round_size(resolution), SIZE_MULTIPLE, -SIZE_MULTIPLE):
-        if 0.75 * side**2 > height * width:  # then no bucket of the ladder is as small
-            continue
+    largest = round_size(min(resolution, math.sqrt(height * width / 0.75)))  # all buckets of more are larger
+    for side in range(largest, SIZE_MULTIPLE, -SIZE_MULTIPLE):
         bucket = min(bucket_ladder(side), key=distance)
         if bucket[0] <= height and bucket[1] <= width:
             return bucket
@@ -814,45 +691,32 @@ class Drawing:
         return repr(self.prompt)  # in trackers and on the card
 
 
-def drawing_settings(args: argparse.Namespace, own: bool) -> dict[str, float]:
-    """Steps and guidance of pictures: the flags', or the pipeline's `own`, of a distilled model the flags' again."""
-    defaults = inspect.signature(ZImagePipeline.__call__).parameters
-    settings = {name: defaults[name].default for name in ("num_inference_steps", "guidance_scale")}
-    if own and (args.guidance_scale > 0 or args.validation_model_path):
-        return settings
-    steps = args.validation_num_inference_steps or settings["num_inference_steps"]
-    return {"num_inference_steps": steps, "guidance_scale": args.guidance_scale}
-
-
 def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **options: Any) -> Drawing:
-    """A prompt, to be drawn as the flags say, or the pipeline's `own` settings, where its options do not."""
-    steps, guidance = drawing_settings(args, own).values()
-    size = {"width": args.resolution[-1], "height": args.resolution[-1]}
-    return Drawing(prompt, **{**size, "steps": steps, "guidance": guidance, **options})
+    """A prompt, to be drawn as the flags say where its options do not.
+
+    With `own`, as the pipeline does by itself, unless the flags say that the model is a distilled one.
+    """
+    defaults = inspect.signature(ZImagePipeline.__call__).parameters
+    steps, guidance = defaults["num_inference_steps"].default, defaults["guidance_scale"].default
+    if not own or args.guidance_scale == 0 and not args.validation_model_path:
+        steps, guidance = args.validation_num_inference_steps or steps, args.guidance_scale
+    side = args.resolution[-1]
+    return Drawing(prompt, **{"width": side, "height": side, "steps": steps, "guidance": guidance, **options})
 
 
-PROMPT_OPTIONS: dict[str, tuple[str, Callable]] = {
-    "w": ("width", count),
-    "h": ("height", count),
-    "s": ("steps", count),
-    "l": ("guidance", non_negative),
-    "d": ("seed", whole),
-    "n": ("negative_prompt", str),
-}
+PROMPT_OPTIONS = {"w": "width", "h": "height", "s": "steps", "l": "guidance", "d": "seed", "n": "negative_prompt"}
 
 
 def read_drawing(line: str, where: str, args: argparse.Namespace) -> Drawing:
     """A line of a file of prompts, with its options: `a dog --w 768 --d 7 --n blurry`. Raises UserError."""
     prompt, *words = re.split(r"(?:^|\s+)--(?=[^\s-])", line.strip())
     options = {}
-    for name, *rest in (word.split(maxsplit=1) for word in words):
-        if name not in PROMPT_OPTIONS:
-            raise UserError(f"{where}: --{name} is none of {' '.join(f'--{known}' for known in PROMPT_OPTIONS)}")
-        field, kind = PROMPT_OPTIONS[name]
-        if not rest:
-            raise UserError(f"{where}: --{name} has no value: write it behind, or leave the option out")
+    for name, *value in (word.split(maxsplit=1) for word in words):
+        if name not in PROMPT_OPTIONS or not value:
+            raise UserError(f"{where}: --{name} is none of --{' --'.join(PROMPT_OPTIONS)}, or has no value")
+        kind = {"l": non_negative, "d": whole, "n": str}.get(name, count)
         with user_errors(f"{where}: --{name}", ValueError, argparse.ArgumentTypeError):
-            options[field] = kind(rest[0])
+            options[PROMPT_OPTIONS[name]] = kind(value[0])
     return drawing_of(prompt, args, **options)
 
 
@@ -860,15 +724,15 @@ def read_prompts(args: argparse.Namespace) -> list[Drawing]:
     """What `--validation_prompt` means, files read line by line. Raises UserError."""
     drawings = []
     for prompt in args.validation_prompt or []:
-        is_file = os.path.isfile(prompt)  # unlike Path's, no error for a prompt that is too long for a name
-        lines = read_text(Path(prompt)).splitlines() if is_file else [prompt]
-        if not any(lines) or not is_file and prompt.endswith(".txt"):
-            raise UserError(f"--validation_prompt {prompt} {'is empty' if is_file else 'is no file'}: check it")
-        if is_file:
-            where = f"--validation_prompt {prompt}, line"
-            drawings += [read_drawing(line, f"{where} {n}", args) for n, line in enumerate(lines, 1) if line.strip()]
+        where = f"--validation_prompt {prompt}"
+        if os.path.isfile(prompt):  # unlike Path's, no error for a prompt that is too long for a name
+            lines = enumerate(read_text(Path(prompt)).splitlines(), 1)
+            found = [read_drawing(line, f"{where}, line {n}", args) for n, line in lines if line.strip()]
         else:
-            drawings.append(drawing_of(prompt, args))
+            found = [drawing_of(prompt, args)] if prompt and not prompt.endswith(".txt") else []
+        if not found:
+            raise UserError(f"{where} is an empty file, or none: check it")
+        drawings += found
     return drawings
 
 
@@ -882,71 +746,48 @@ def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[Dr
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command line (default: `sys.argv[1:]`), and read its files of prompts.
+    """Parse and check a command line (default: `sys.argv[1:]`), and read its files of prompts. Raises UserError.
 
-    Nothing changes the result afterwards. A mistake exits with status 2 and one line.
+    Nothing changes the result afterwards.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    prompts = {
-        "instance_prompt": args.instance_prompt,
-        "caption_prefix": args.caption_prefix,
-        "class_prompt": args.class_prompt,
-        "final_validation_prompt": args.final_validation_prompt,
-        "validation_prompt": "".join(args.validation_prompt or []),
-    }
-    for flag, text in prompts.items():
-        if text and not is_unicode(text):
-            parser.error(f"--{flag}: {text!r} is not UTF-8")
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        words += read_arguments(Path(os.path.expanduser(word[1:]))) if word.startswith("@") else [word]
+    args = build_parser().parse_args(words)
+    for flag in ("instance_prompt", "caption_prefix", "class_prompt", "validation_prompt", "final_validation_prompt"):
+        if HALF_A_CHARACTER.search("".join(getattr(args, flag) or "")):
+            raise UserError(f"--{flag} is not UTF-8")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
-        parser.error("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
+        raise UserError("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets:
-        parser.error("--aspect_ratio_buckets lists the sizes: give one --resolution, for the pictures that are drawn")
+        raise UserError("--aspect_ratio_buckets lists all sizes: give one --resolution, that of drawn pictures")
     if len({*map(round_size, args.resolution)}) < len(args.resolution):
-        parser.error("--resolution: two of its sizes are the same, in multiples of 16: leave one out")
+        raise UserError("--resolution: two of its sizes are the same, in multiples of 16: leave one out")
     if (args.instance_data_dir is None) == (args.dataset_name is None):
-        parser.error("give exactly one of --instance_data_dir and --dataset_name")
+        raise UserError("give exactly one of --instance_data_dir and --dataset_name")
     if args.dataset_config_name and not args.dataset_name:
-        parser.error("--dataset_config_name belongs to --dataset_name: give that too, or leave it out")
-    ways = {"--base_model_precision": args.base_model_precision, "--do_fp8_training": args.do_fp8_training and "fp8",
-            "--bnb_quantization_config_path": args.bnb_quantization_config_path}  # fmt: skip
-    if len({*filter(None, ways.values())}) > 1:
-        parser.error(f"{' and '.join(flag for flag in ways if ways[flag])} exclude each other: choose one")
-    args.base_model_precision = ways["--do_fp8_training"] or args.base_model_precision
+        raise UserError("--dataset_config_name belongs to --dataset_name: give that too, or leave it out")
+    float8 = "fp8" if args.do_fp8_training else None
+    if len({float8, args.base_model_precision, args.bnb_quantization_config_path} - {None}) > 1:
+        raise UserError("--do_fp8_training, --base_model_precision, --bnb_quantization_config_path: choose one")
+    args.base_model_precision = float8 or args.base_model_precision
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
-        parser.error("--with_prior_preservation needs --class_data_dir and --class_prompt")
+        raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt")
     if args.plan_for and not args.dry_run:
-        parser.error("--plan_for only counts: give --dry_run too, or leave it out")
+        raise UserError("--plan_for only counts: give --dry_run too, or leave it out")
     if args.save_best and not args.validation_data_dir:
-        parser.error("--save_best needs --validation_data_dir, whose loss says which step is the best")
-    if args.adam_beta1 == 1 or args.adam_beta2 == 1:
-        parser.error("--adam_beta1 and --adam_beta2 must be below 1")
+        raise UserError("--save_best needs --validation_data_dir, whose loss says which step is the best")
     if args.push_to_hub or args.hub_model_id:
-        try:
+        with user_errors("--hub_model_id (default: the name of --output_dir)", hub_errors.HFValidationError):
             validate_repo_id(hub_repository(args))
-        except hub_errors.HFValidationError:
-            parser.error(
-                f"--hub_model_id: {hub_repository(args)!r} (default: the name of --output_dir) is no name for a "
-                "repository: give OWNER/NAME of letters, digits, -, _ and ."
-            )
-    try:
-        args.aspect_ratio_buckets and parse_buckets(args.aspect_ratio_buckets)
-        args.validation_prompt = read_prompts(args) or None  # a file may change meanwhile
-    except UserError as error:
-        parser.error(str(error))
+    args.validation_prompt = read_prompts(args) or None  # a file may change meanwhile
     return args
 
 
 def ineffective_flags(args: argparse.Namespace) -> list[str]:
-    """Lines about flags that were given and change nothing, as the rest of the command line stands."""
-    lines = []
-    for name, reason in [
-        ("text_encoder_lr", "the text encoder is frozen"),
-        ("adam_weight_decay_text_encoder", "the text encoder is frozen"),
-        ("local_rank", "the launcher's environment decides"),
-    ]:
-        if getattr(args, name) is not None:
-            lines.append(f"--{name} has no effect: {reason}")
+    """Lines about flags that were given and change nothing, or something else than they may seem to."""
+    unused = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank")
+    lines = [f"--{flag} has no effect: see --help" for flag in unused if getattr(args, flag) is not None]
     if args.use_8bit_adam and args.optimizer == "prodigy":
         lines.append("--use_8bit_adam has no effect: Prodigy keeps its state in float32")
     if (args.class_data_dir or args.class_prompt) and not args.with_prior_preservation:
@@ -955,9 +796,7 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
         lines.append(f"--learning_rate {args.learning_rate:g} is low for Prodigy, which finds its own: 1.0 is usual")
     if args.logit_mean:
         noise = "more" if args.logit_mean > 0 else "less"
-        lines.append(
-            f"--logit_mean {args.logit_mean:g} means {noise} noise, as in the SD3 paper; some trainers flip it"
-        )
+        lines.append(f"--logit_mean {args.logit_mean:g} means {noise} noise, as in the paper; some trainers flip it")
     if args.unmasked_weight != 0.1 and not args.masked_loss:
         lines.append("--unmasked_weight has no effect without --masked_loss")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
@@ -1210,6 +1049,8 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
     flag = "dataset_name" if kind == "instance" and args.dataset_name else PICTURE_FLAGS[kind]
     prompt_flag = "--class_prompt" if kind == "class" else "--instance_prompt"
     prompt, prefix, examples = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
+    smallest = round_size(min(args.resolution))
+    buckets = args.aspect_ratio_buckets or (None if args.use_aspect_ratio_buckets else [(smallest, smallest)])
     found = find_in_dataset(args) if flag == "dataset_name" else find_in_folder(kind, args)
     for name, source, (text, origin), mask, repeats in found:
         if not text:
@@ -1218,7 +1059,7 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
         with open_picture(name, source) as image:
             size = image.size if find_orientation(image) >= 5 else image.size[::-1]
-        bucket = assign_bucket(size, list_buckets(args), min(args.resolution))
+        bucket = assign_bucket(size, buckets, smallest)
         repeats = repeats * args.repeats if kind == "instance" else 1
         mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
         examples.append(Example(kind, name, source, text, size, bucket, repeats, origin, mask))
@@ -1356,7 +1197,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     if lacking and Path(name).is_dir():
         raise UserError(f"{flag}: its {lacking[0]} has no weights")
     largest = (round_size(max(args.resolution)),) * 2
-    sizes = [largest, *(list_buckets(args) or []), *(drawing.size for drawing in validation_prompts(args))]
+    sizes = [largest, *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in validation_prompts(args))]
     height, width = (positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:])  # of rotary embeddings
     if any(size[0] > height or size[1] > width for size in sizes):
         flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
@@ -1575,7 +1416,7 @@ def write_encoding(file: Path | None, tensor: Tensor) -> None:
     if file:
         with optional(f"Writing to --encoding_cache_dir {file.parent}"):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as part:
+            with replacing(file, os.getpid()) as part:
                 save_file({"encoding": tensor.contiguous()}, part)
 
 
@@ -3069,7 +2910,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
             tracker.name: tracker.run.id for tracker in run.accelerator.trackers if tracker.name == "wandb"
         }
         manifest = json.loads(json.dumps(manifest))
-        write_json(part / MANIFEST, {"digest": digest_of(json.dumps(manifest)), **manifest})
+        (part / MANIFEST).write_text(json.dumps({"digest": digest_of(json.dumps(manifest)), **manifest}, indent=1))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in own_checkpoints(output_dir):
@@ -3086,7 +2927,9 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
     for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
         try:
             remove_checkpoint(path)
-            OutputFolder(output_dir).remove(comfyui_file(run.args.output_dir, f"-{int(path.name[11:]):06d}"))
+            name = comfyui_file(run.args.output_dir, f"-{int(path.name[11:]):06d}")
+            if OutputFolder(output_dir).owns(name):
+                (output_dir / name).unlink(missing_ok=True)
         except OSError as error:
             logger.warning(f"{path} could not be removed ({first_line(error)})")
     logger.info(f"Saved {final}")
@@ -3934,7 +3777,8 @@ def write_model_card(repository: str, files: list[Path], run: Run) -> str:
         widget=gallery or None,
     )
     held_in = args.base_model_precision or args.bnb_quantization_config_path and "bitsandbytes' low precision"
-    settings = ", ".join(f"{name}={value}" for name, value in drawing_settings(args, own=True).items())
+    own = drawing_of("", args, own=True)
+    settings = f"num_inference_steps={own.steps}, guidance_scale={own.guidance}"
     rows = [
         f"| `--{name}` | " + inline_code(json.dumps(value, ensure_ascii=False)).replace("|", r"\|") + " |"
         for name, value in sorted(loggable(run).items())

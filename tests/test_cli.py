@@ -100,7 +100,7 @@ def test_abbreviated_flag_reaches_the_full_one(abbreviation, name, value):
 )
 def test_boolean_flag_takes_a_value_or_none(name, words, value):
     words = [f"--{name}{words[0]}", *words[1:]]
-    assert getattr(trainer.parse_args([*REQUIRED, *words]), name) is value
+    assert getattr(trainer.parse_args([*REQUIRED, *words]), name) == value
 
 
 @pytest.mark.parametrize("text", ["AdamW", "adamW", "adamw", "ADAMW", "prodigy", "Prodigy"])

@@ -530,14 +530,14 @@ LISTED = (
 
 
 def test_buckets_are_read_as_height_and_width():
-    buckets = trainer.parse_buckets(LISTED)
+    buckets = trainer.bucket_list(LISTED)
     assert len(buckets) == 17
     assert (buckets[0], buckets[8], buckets[-1]) == ((672, 1568), (1024, 1024), (1568, 672))
 
 
 @pytest.mark.parametrize("text", ["64,96;96,64", "64,96;96,64;", " 64, 96 ; 96 ,64 "])
 def test_space_and_a_last_semicolon_in_buckets_do_not_matter(text):
-    assert trainer.parse_buckets(text) == [(64, 96), (96, 64)]
+    assert trainer.bucket_list(text) == [(64, 96), (96, 64)]
 
 
 @pytest.mark.parametrize(
@@ -551,14 +551,14 @@ def test_space_and_a_last_semicolon_in_buckets_do_not_matter(text):
         ("1000,1024", "1000,1024"),
         ("0,64", "0,64"),
         ("-64,64", "-64,64"),
-        (";", "empty"),
-        (" ", "empty"),
-        ("", "empty"),
+        (";", "1024,1024;832,1248"),
+        (" ", "1024,1024;832,1248"),
+        ("", "1024,1024;832,1248"),
     ],
 )
 def test_broken_buckets_are_shown(text, part):
     with pytest.raises(trainer.UserError) as error:
-        trainer.parse_buckets(text)
+        trainer.parse_args(train_args("model", "data", "out", aspect_ratio_buckets=text))
     assert_mistake(error, "--aspect_ratio_buckets", part)
 
 
@@ -576,7 +576,7 @@ def test_broken_buckets_are_shown(text, part):
     ],
 )
 def test_picture_goes_to_the_listed_bucket_nearest_in_shape(size, bucket):
-    assert trainer.assign_bucket(size, trainer.parse_buckets(LISTED), 1024) == bucket
+    assert trainer.assign_bucket(size, trainer.bucket_list(LISTED), 1024) == bucket
 
 
 def test_of_buckets_of_one_shape_the_nearest_in_area_is_taken():

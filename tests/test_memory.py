@@ -296,5 +296,5 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles_once(error, tiny_model,
 
 
 def test_a_plan_for_a_card_that_is_not_here_is_a_dry_run(tiny_model):
-    with pytest.raises(SystemExit):
+    with pytest.raises(trainer.UserError, match="--dry_run"):
         make_run(tiny_model, plan_for=8)
