@@ -508,10 +508,10 @@ def build_parser() -> OneLineErrorParser:
     add("--mixed_precision", "Of frozen weights and products; the LoRA stays float32. Default: accelerate's config.",
         choices=["no", "fp16", "bf16"])
     add("--do_fp8_training", "Hold the transformer in float8 and multiply in it (CUDA: compute capability 8.9).")
-    add("--base_model_precision", "Hold it in int8 (any GPU), fp8 (--do_fp8_training) or nf4 (configs/nf4.json).",
+    add("--base_model_precision", "Hold it in int8 (on any GPU), fp8 (--do_fp8_training), nf4 (configs/nf4.json).",
         choices=["int8", "fp8", "nf4"])
     add("--bnb_quantization_config_path JSON", "Hold it in 4 or 8 bits, by bitsandbytes: see configs/nf4.json.")
-    add("--gradient_checkpointing FRACTION", "Recompute that much of the blocks, or auto: as much as memory needs.",
+    add("--gradient_checkpointing FRACTION", "Recompute all blocks, or a fraction, or auto: as memory needs. Slower.",
         type=fraction_or_word, nargs="?", const=True, default=False)
     add("--offload", "Keep encoders and the inputs of recomputed blocks in host memory while they are not needed.")
     add("--allow_tf32", "Allow TF32 in float32 matrix products on Ampere and later.")
