@@ -2030,13 +2030,9 @@ class MicroBatch:
     latents: Tensor | None = None  # [B, C, h, w]; with masks [B, C + 1, h, w]
     pixels: Tensor | None = None  # [B, 3, H, W] in [-1, 1]; with masks [B, 4, H, W]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The micro-batch with each of its tensors changed."""
-        return MicroBatch(**accelerate.utils.recursively_apply(change, vars(self)))
-
     def to(self, device: torch.device) -> "MicroBatch":
         """The micro-batch on the device; CUDA need not wait for it, if it is in pinned memory."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        return MicroBatch(**accelerate.utils.send_to_device(vars(self), device, device.type == "cuda"))
 
 
 def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None = None) -> Tensor:
@@ -2310,7 +2306,9 @@ class TrainingData:
             batch.pixels = torch.stack(
                 [fit_to_bucket(load_picture(s.example), s.example.bucket, s.crop, s.flip) for s in samples]
             )
-        return batch.map(Tensor.pin_memory) if self.run.accelerator.device.type == "cuda" else batch
+        if self.run.accelerator.device.type != "cuda":
+            return batch
+        return MicroBatch(**accelerate.utils.recursively_apply(Tensor.pin_memory, vars(batch)))
 
     def read(
         self, first_update: int, stopping: Callable[[], bool]

@@ -570,6 +570,8 @@ def test_all_linear_means_every_linear_layer_of_the_blocks(tiny_model):
     blocks = [path for path in linear if path.split(".")[0] in ("layers", "noise_refiner", "context_refiner")]
     assert len(blocks) > 28
     assert sorted(trainer.resolve_lora_layers("all-linear", linear)["all-linear"]) == sorted(blocks)
+    first = trainer.resolve_lora_layers("layers.0", linear)["layers.0"]
+    assert sorted(first) == [path for path in sorted(linear) if path.startswith("layers.0.")]
 
 
 TO_Q = "transformer.layers.0.attention.to_q"
