@@ -1030,6 +1030,7 @@ def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
         data = data["train"] if "train" in data else next(iter(data.values()))
     columns = f"--image_column {column}, --caption_column {args.caption_column}"
     with user_errors(f"{columns}: {dataset} has only {', '.join(data.column_names)}"):
+        data.features[column]  # KeyError where there is none: cast_column would make one
         data = data.cast_column(column, datasets.Image(decode=False))
         paths = data.select_columns([column]).flatten()[f"{column}.path"]
         captions = data[args.caption_column] if args.caption_column else [None] * len(data)
