@@ -103,6 +103,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -2117,9 +2120,8 @@ class Sample:
     example: Example
     number: int  # in the run; with the seed, it decides everything random about the sample
     prompt: str
-    crop: tuple[float, float]  # where to cut the picture, (vertical, horizontal) in [0, 1]
     flip: bool
-    weight: float  # of its loss in the update
+    weight: float = 0.0  # of its loss in the update
 
 
 class TrainingPlan:
@@ -2128,14 +2130,11 @@ class TrainingPlan:
     The permutations of the epochs, one after the other, are one stream of instance samples. Update N takes the N-th
     `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior preservation as
     many class samples join them, the class images taking turns. A slot is an example in one of its repeats: an epoch
-    takes each once. How many processes and micro-batches an update is divided into does not change what is in it.
-
-    `prompt_embeds`, {prompt: [L, D]}, is needed for the samples, not for the numbers.
+    takes each once. `prompt_embeds`, {prompt: [L, D]}, is needed for the samples, not for the numbers.
     """
 
     def __init__(self, examples: Examples, run: Run, prompt_embeds: dict[str, Tensor] | None = None) -> None:
         self.examples, self.prompt_embeds, self.run, args = examples, prompt_embeds or {}, run, run.args
-        self.tokens = {prompt: math.ceil(len(e) / TOKEN_MULTIPLE) for prompt, e in self.prompt_embeds.items()}
         self.slots = [example for example in examples["instance"] for _ in range(example.repeats)]
         self.samples_per_epoch = len(self.slots)
         processes = run.accelerator.num_processes
@@ -2158,37 +2157,33 @@ class TrainingPlan:
         every = self.run.args.validation_epochs * self.samples_per_epoch
         return step == 0 or self.samples_seen(step) // every > self.samples_seen(step - 1) // every
 
-    def key(self, example: Example, prompt: str) -> tuple[int, int, int]:
-        """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
-        return (*example.bucket, self.tokens[prompt])
-
-    def draw(self, example: Example, number: int, weight: float = 0.0) -> Sample:
-        """The sample of that number: its crop, its flip, and whether its caption is dropped."""
-        args, seed = self.run.args, self.run.seed
-        flip, dropout = torch.rand(2, generator=seeded_generator(seed, "draw", example.kind, number)).tolist()
+    def draw(self, example: Example, number: int) -> Sample:
+        """The sample of that number: whether its picture is mirrored, and whether its caption is dropped."""
+        args, flip, dropout = self.run.args, 1.0, 1.0
+        if args.random_flip or args.caption_dropout:
+            generator = seeded_generator(self.run.seed, "draw", example.kind, number)
+            flip, dropout = torch.rand(2, generator=generator).tolist()
         prompt = "" if dropout < args.caption_dropout else example.caption
-        crop = draw_crop(example, args, seed, example.kind, number)
-        return Sample(example, number, prompt, crop, args.random_flip and flip < 0.5, weight)
+        return Sample(example, number, prompt, args.random_flip and flip < 0.5)
 
-    def order_epoch(self, epoch: int) -> list[tuple[Example, int]]:
-        """(example, number of the sample) of an epoch, in the order in which the updates take them.
+    def key(self, sample: Sample) -> tuple[int, int, int]:
+        """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
+        return (*sample.example.bucket, math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE))
+
+    def order_epoch(self, epoch: int) -> list[Sample]:
+        """The samples of an epoch, in the order in which the updates take them.
 
         Updates that lie wholly inside the epoch are rearranged among themselves, so that most have samples of one
         size and length; one that lies in two epochs stays as drawn, and no update needs any epoch but its own.
         """
-
-        def key(sample: tuple[Example, int]) -> tuple[int, int, int]:
-            example = sample[0]
-            return self.key(example, self.draw(*sample).prompt if self.run.args.caption_dropout else example.caption)
-
         length, size = self.samples_per_epoch, self.total_batch_size
         generator = seeded_generator(self.run.seed, "order", epoch)
         slots = torch.randperm(length, generator=generator).tolist()
-        drawn = [(self.slots[slot], epoch * length + place) for place, slot in enumerate(slots)]
+        drawn = [self.draw(self.slots[slot], epoch * length + place) for place, slot in enumerate(slots)]
         first = min(-epoch * length % size, length)  # where the first update begins that lies inside
         updates = (length - first) // size
         end = first + updates * size
-        alike, inside = sorted(drawn[first:end], key=key), []
+        alike, inside = sorted(drawn[first:end], key=self.key), []
         for update in torch.randperm(updates, generator=generator).tolist():
             inside += alike[update * size : (update + 1) * size]
         return drawn[:first] + inside + drawn[end:]
@@ -2197,15 +2192,15 @@ class TrainingPlan:
         """All samples of update `step` (from 0), weighted so that the sum of their losses is the objective."""
         first, end = self.samples_seen(step), self.samples_seen(step + 1)
         assert 0 < end - first <= self.total_batch_size
-        weight, samples = 1 / (end - first), []
+        weight, samples, classes = 1 / (end - first), [], self.examples.get("class")
         for position in range(first, end):
             epoch, place = divmod(position, self.samples_per_epoch)
-            example, number = self.order_epoch(epoch)[place]
-            samples.append(self.draw(example, number, weight))
-            if self.run.args.with_prior_preservation:
-                prior = self.examples["class"][number % len(self.examples["class"])]
-                samples.append(self.draw(prior, number, weight * self.run.args.prior_loss_weight))
-        return sorted(samples, key=lambda sample: self.key(sample.example, sample.prompt))
+            sample = self.order_epoch(epoch)[place]
+            samples.append(dataclasses.replace(sample, weight=weight))
+            if classes:
+                prior = self.draw(classes[sample.number % len(classes)], sample.number)
+                samples.append(dataclasses.replace(prior, weight=weight * self.run.args.prior_loss_weight))
+        return sorted(samples, key=self.key)
 
     def micro_batches(self, step: int) -> list[list[Sample]]:
         """This process's part of an update, as lists of at most `train_batch_size` samples of one key."""
@@ -2213,8 +2208,7 @@ class TrainingPlan:
         size, parts = self.run.args.train_batch_size, []
         for process in range(processes):
             first, end = (len(samples) * p // processes for p in (process, process + 1))
-            groups = itertools.groupby(samples[first:end], lambda sample: self.key(sample.example, sample.prompt))
-            alike = [list(group) for _, group in groups]
+            alike = [list(group) for _, group in itertools.groupby(samples[first:end], self.key)]
             parts.append([group[i : i + size] for group in alike for i in range(0, len(group), size)])
         own = parts[self.run.accelerator.process_index]
         if self.run.sharded:  # every process must run as many forward passes as the others
@@ -2222,110 +2216,90 @@ class TrainingPlan:
         return own
 
 
-PATIENCE = 5  # seconds for which an update in progress waits for its pictures after a stop signal
+PATIENCE = 2.0  # seconds for which an update waits for its pictures after a stop signal
 
 
-class ReadingThreads:
-    """Threads that make micro-batches of lists of samples by `load`, in their order, while the device works.
-
-    Pillow and torch release the interpreter for most of it. At most two micro-batches more than there are threads are
-    read ahead. The threads are daemons: one that is stuck in a read does not hold up the end of the program.
-    """
-
-    def __init__(self, load: Callable[[list[Sample]], MicroBatch], jobs: Iterable[list[Sample]], threads: int) -> None:
-        self.load, self.jobs, self.queue = load, iter(jobs), queue.SimpleQueue()
-        self.ahead = collections.deque()  # futures of the micro-batches that come next
-        self.sent: MicroBatch | None = None  # the first of them, where it is on its way to the device already
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(threads)]
-        for thread in self.threads:
-            thread.start()
-
-    def work(self) -> None:
-        """What each thread does. An error is kept for whoever takes the micro-batch."""
-        for future, samples in iter(self.queue.get, None):
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self.load(samples))
-                except BaseException as error:  # whatever it is: `take` would wait for ever for what never comes
-                    future.set_exception(error)
-
-    def take(self, device: torch.device, stopping: Callable[[], bool], patience: float) -> MicroBatch | None:
-        """The next micro-batch, on the device; None if it is not there `patience` seconds after `stopping` said so.
-
-        The one after it is sent to the device as well, if it has been read: it need not wait for this one's loss.
-        """
-        for samples in itertools.islice(self.jobs, len(self.threads) + 2 - len(self.ahead)):
-            self.ahead.append(concurrent.futures.Future())
-            self.queue.put((self.ahead[-1], samples))
-        future, deadline = self.ahead.popleft(), math.inf
-        while not future.done() and time.monotonic() < deadline:
-            concurrent.futures.wait([future], timeout=0.1)
-            deadline = min(deadline, time.monotonic() + patience) if stopping() else math.inf
-        if not future.done():
-            return None
-        batch, self.sent = self.sent or future.result().to(device), None
-        if self.ahead and self.ahead[0].done() and not self.ahead[0].exception():
-            self.sent = self.ahead[0].result().to(device)
-        return batch
-
-    def close(self) -> None:
-        """End the threads. One that is amid a picture may finish it, within a second: Python ends badly under it."""
-        for future in self.ahead:
-            future.cancel()
-        for _ in self.threads:
-            self.queue.put(None)
-        deadline = time.monotonic() + 1
-        for thread in self.threads:
-            thread.join(max(0, deadline - time.monotonic()))
-
-
+@dataclasses.dataclass
 class TrainingData:
-    """What training needs of samples: latents or pixels, noise, sigmas, prompt embeddings.
+    """What training needs of samples: latents or pixels, noise, sigmas, prompt embeddings."""
 
-    sigmas: [1000], ascending; latents: {(example, flip): [C, h, w]} of the examples that are cached.
-    """
-
-    def __init__(self, plan: TrainingPlan, sigmas: Tensor, run: Run) -> None:
-        self.plan, self.sigmas, self.run = plan, sigmas, run
-        self.latents: dict[tuple[Example, bool], Tensor] = {}
-        self.vae: AutoencoderKL | None = None  # where latents are not cached
+    plan: TrainingPlan
+    sigmas: Tensor  # [1000], ascending
+    run: Run
+    latents: dict[tuple[Example, bool], Tensor] = dataclasses.field(default_factory=dict)  # by flip, where cached
+    vae: AutoencoderKL | None = None  # where latents are not cached
 
     def load(self, samples: list[Sample]) -> MicroBatch:
         """The micro-batch of samples of one size, in host memory from which CUDA can copy while it computes."""
-        args, shape = self.run.args, self.run.pipeline.latent_shape(samples[0].example.bucket)
-        generators = [seeded_generator(self.run.seed, "objective", s.example.kind, s.number) for s in samples]
+        args, seed, shape = self.run.args, self.run.seed, self.run.pipeline.latent_shape(samples[0].example.bucket)
+        generators = [seeded_generator(seed, "objective", s.example.kind, s.number) for s in samples]
         batch = MicroBatch(
             sigmas=torch.stack([sample_sigma(self.sigmas, args, generator) for generator in generators]),
             noise=torch.stack([torch.randn(shape, generator=generator) for generator in generators]),
             weights=torch.tensor([sample.weight for sample in samples]),
             prompt_embeds=[self.plan.prompt_embeds[sample.prompt] for sample in samples],
         )
-        assert batch.noise.shape == (len(samples), *shape)
         if args.cache_latents:
             batch.latents = torch.stack([self.latents[sample.example, sample.flip] for sample in samples])
         else:
-            batch.pixels = torch.stack(
-                [fit_to_bucket(load_picture(s.example), s.example.bucket, s.crop, s.flip) for s in samples]
-            )
+            crops = [draw_crop(s.example, args, seed, s.example.kind, s.number) for s in samples]
+            pictures = [(load_picture(s.example), s.example.bucket, c, s.flip) for s, c in zip(samples, crops)]
+            batch.pixels = torch.stack([fit_to_bucket(*picture) for picture in pictures])
         if self.run.accelerator.device.type != "cuda":
             return batch
         return MicroBatch(**accelerate.utils.recursively_apply(Tensor.pin_memory, vars(batch)))
 
-    def read(
-        self, first_update: int, stopping: Callable[[], bool]
-    ) -> Iterator[tuple[int, Iterator[MicroBatch | None]]]:
-        """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run.
+    def read_ahead(self, jobs: Iterator[list[Sample]], stopping: Callable[[], bool]) -> Iterator[MicroBatch | None]:
+        """The micro-batches of `jobs` on the device, in their order; threads read them while it works.
 
-        None in place of a micro-batch: `stopping()`, and its pictures do not come.
+        At most two more than there are threads are read ahead. The last is None where its pictures do not come though
+        `stopping()`. The threads are daemons, unlike those of `concurrent.futures`: one that is stuck in a read does
+        not hold up the end of the program.
         """
+        device, threads = self.run.accelerator.device, max(1, self.run.args.dataloader_num_workers)
+        work, ahead, sent = queue.SimpleQueue(), collections.deque(), collections.deque()
+
+        def read() -> None:
+            for future, samples in iter(work.get, None):
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(self.load(samples))
+                    except BaseException as error:  # of any kind: the loop would wait for ever for what never comes
+                        future.set_exception(error)
+
+        for _ in range(threads):
+            threading.Thread(target=read, daemon=True).start()
+        try:
+            while True:
+                for samples in itertools.islice(jobs, threads + 2 - len(ahead)):
+                    ahead.append(concurrent.futures.Future())
+                    work.put((ahead[-1], samples))
+                if not ahead:
+                    return
+                future, deadline = ahead.popleft(), math.inf
+                while not future.done():
+                    deadline = min(deadline, time.monotonic() + PATIENCE) if stopping() else math.inf
+                    if time.monotonic() > deadline:
+                        yield None
+                    concurrent.futures.wait([future], timeout=0.1)
+                if not sent:
+                    sent.append(future.result().to(device))
+                if ahead and ahead[0].done() and not ahead[0].exception():  # it need not wait for this one's loss
+                    sent.append(ahead[0].result().to(device))
+                yield sent.popleft()
+        finally:  # a thread amid a picture may finish it, within a second: Python ends badly under it
+            running = [future for future in ahead if not future.cancel()]
+            for _ in range(threads):
+                work.put(None)
+            concurrent.futures.wait(running, timeout=1)
+
+    def read(self, first_update: int, stopping: Callable[[], bool]) -> Iterator[tuple[int, Iterator]]:
+        """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run."""
         steps = range(first_update, self.plan.max_train_steps)
         jobs = itertools.chain.from_iterable(map(self.plan.micro_batches, steps))
-        reading = ReadingThreads(self.load, jobs, max(1, self.run.args.dataloader_num_workers))
-        take = functools.partial(reading.take, self.run.accelerator.device, stopping)
-        with contextlib.closing(reading):
+        with contextlib.closing(self.read_ahead(jobs, stopping)) as batches:
             for step in steps:
-                number = len(self.plan.micro_batches(step))
-                yield step + 1, (take(PATIENCE if done else 0) for done in range(number))
+                yield step + 1, itertools.islice(batches, len(self.plan.micro_batches(step)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2422,372 +2396,53 @@ def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
-    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
-    key = f"validation/prompt-{prompt}"  # some make a file's name of it
-    label = f"validation/{prompt}: {text[:60]}"
-    match tracker.name:
-        case "tensorboard":
-            tracker.log_images({label: picture}, step=step, dataformats="HWC")
-        case "clearml":
-            tracker.log_images({label: picture}, step=step)
-        case "aim":
-            tracker.log_images({key: (picture, text)}, step=step)
-        case "wandb" | "swanlab" | "trackio":
-            image = importlib.import_module(tracker.name).Image
-            tracker.log({key: image(picture, caption=text)}, step=step)
-        case "comet_ml":
-            tracker.tracker.log_image(picture, name=label, step=step)
-        case "mlflow":
-            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
-        case "dvclive":
-            tracker.tracker.log_image(f"{key}/{step}.png", picture)
-
-
-def save_validation_images(
-    images: dict[tuple[int, int], Image.Image], prompts: list[Drawing], step: int, held_out: float | None, run: Run
-) -> list[Path]:
-    """Save pictures {(prompt, number): picture} and send them to the trackers; returns the files."""
-    args, output, files = run.args, OutputFolder(run.args.output_dir), []
-    kind = "step" if prompts == validation_prompts(args) else "final"  # of --final_validation_prompt
-    for (prompt, number), image in sorted(images.items()):
-        name, small, text = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}", image.copy(), PngInfo()
-        drawing = prompts[prompt]
-        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
-        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
-        seed = (run.seed if drawing.seed is None else drawing.seed) + number
-        about = {"prompt": drawing.prompt, "settings": settings, "seed": seed, "held_out_loss": held_out}
-        text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
-        small.thumbnail((256, 256))
-        with output.writing(f"samples/thumbnails/{name}.jpg") as part:
-            small.save(part, quality=90)
-        with output.writing(f"samples/{name}.png") as part:
-            image.save(part, pnginfo=text)
-        files.append(output.path / f"samples/{name}.png")
-    for prompt, drawing in enumerate(prompts):
-        pictures = np.hstack([images[prompt, number] for number in range(args.num_validation_images)])
-        for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, drawing.prompt, pictures, step)
-    return files
-
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1, minimum-scale=1">$refresh
-<title>$title</title>
-<style>
-  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-  h1, body > p { position: sticky; left: 8px; max-width: calc(100vw - 16px); overflow-wrap: anywhere; }
-  th, td { padding: 4px; text-align: start; vertical-align: top; font-weight: normal; }
-  th { position: sticky; left: 0; background: Canvas; }
-  tr:first-child th { left: auto; top: 0; z-index: 1; }
-  th p { margin: 0; max-height: 7em; overflow: auto; overflow-wrap: anywhere; }
-  td div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; width: min(256px, 60vw); }
-  a:only-child { grid-column: 1 / 3; }
-  img { display: block; width: 100%; }
-</style>
-<h1>$title</h1>
-<p>$status <a href="#newest">Newest pictures</a></p>
-<table>
-<tr><th></th>$heads</tr>
-$rows
-</table>
-<p id="newest"></p>
-""")
-
-
-def read_samples(folder: Path, last_step: int) -> list[dict[str, Any]]:
-    """What the pictures of all validations up to `last_step` say of themselves, in order."""
-    samples = []
-    for file in folder.glob("[!.]*-prompt-*.png"):
-        order = tuple(map(int, re.findall(r"\d+", file.name)))  # step, prompt, picture
-        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
-            about = json.loads(image.info["validation"])
-            column = (about["prompt"], about["settings"])
-            samples.append({"order": order, "step": order[0], "name": file.stem, "column": column, **about})
-    return sorted((sample for sample in samples if sample["step"] <= last_step), key=operator.itemgetter("order"))
-
-
-def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> None:
-    """Save the first pictures of the last 20 validations as one: steps down, prompts across."""
-    names = {(sample["step"], sample["column"]): sample["name"] for sample in reversed(samples)}
-    steps, columns, grid = sorted({step for step, _ in names})[-20:], dict.fromkeys(s["column"] for s in samples), []
-    for key in itertools.product(steps, columns):
-        blank = Image.new("RGB", (256, 256), "white")
-        image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
-        grid.append(ImageOps.pad(image, blank.size, color="white"))
-    with output.writing("samples/contact-sheet.png") as part:
-        make_image_grid(grid, len(steps), len(columns)).save(part)
-
-
-def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
-    """Write `index.html` and `contact-sheet.png`, anew each time from what the pictures say of themselves."""
-    samples, rows = read_samples(output.path / "samples", last_step), []
-    columns = dict.fromkeys(sample["column"] for sample in samples)
-    for step, row in itertools.groupby(samples, operator.itemgetter("step")):
-        cells, loss = dict.fromkeys(columns, ""), ""
-        for sample in row:
-            picture = f'<img src="thumbnails/{sample["name"]}.jpg" alt=""><small>seed {sample["seed"]}</small>'
-            cells[sample["column"]] += f'<a href="{sample["name"]}.png">{picture}</a>'
-            if sample["held_out_loss"] is not None:
-                loss = f"<br>held-out loss&nbsp;{sample['held_out_loss']:.4f}"
-        pictures = "".join(f"<td><div>{cell}</div></td>" for cell in cells.values())
-        rows.append(f"<tr><th>step&nbsp;{step}{loss}</th>{pictures}</tr>")
-    page = PAGE.substitute(
-        title=escape(output.path.absolute().name),
-        status=status,
-        refresh='<meta http-equiv="refresh" content="30">' if running else "",
-        heads="".join(f'<th><p dir="auto">{escape(a)}</p><small>{escape(b)}</small></th>' for a, b in columns),
-        rows="\n".join(rows),
-    )
-    with output.writing("samples/index.html") as part:
-        part.write_text(page, encoding="utf-8")
-    if tracked := [sample for sample in samples if sample["name"].startswith("step")]:  # by --validation_prompt
-        save_contact_sheet(tracked, output)
-
-
-def draw_jobs(
-    transformer: ZImageTransformer2DModel | None,
-    jobs: list[tuple[int, int]],
-    prompts: list[Drawing],
-    prompt_embeds: dict[str, Tensor],
-    stop: StopSignal,
-    run: Run,
-) -> dict[tuple[int, int], Tensor]:
-    """Latents [C, h, w] of each (prompt, number of the picture) of this process; the number decides the noise.
-
-    None where it lacks a transformer, cannot draw, or any process is asked to stop.
-    """
-    drawn, processes = {}, 1 if run.sharded else run.accelerator.num_processes
-    for first in with_progress(range(0, len(jobs), processes), "pictures drawn", run.accelerator):
-        if any(gather_object([stop.number > 0])):  # all processes stop here, between two pictures
-            break
-        own = run.own_part(jobs[first : first + processes]) if processes > 1 else [jobs[first]]
-        for prompt, number in own if transformer else []:
-            with optional("Drawing a picture"):
-                seed = run.seed if prompts[prompt].seed is None else prompts[prompt].seed
-                (drawn[prompt, number],) = draw_latents(
-                    transformer, prompts[prompt], [seed + number], prompt_embeds, run
-                )
-    return drawn
-
-
-def draw_validation_images(
-    transformer: ZImageTransformer2DModel,
-    prompts: list[Drawing],
-    prompt_embeds: dict[str, Tensor],
-    stop: StopSignal,
-    run: Run,
-) -> dict[tuple[int, int], Image.Image]:
-    """Draw pictures of the prompts with the model as it stands: {(prompt, number): picture}.
-
-    Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the moment.
-    Picture i of a prompt has the same noise at every validation, that of its seed plus i in `ZImagePipeline`.
-    None are returned where a process cannot draw, for want of memory for example, or is asked to stop.
-    """
-    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
-    pipeline, drawing, images = validation_pipeline(run), transformer, []
-    drawing_run, other = dataclasses.replace(run, pipeline=pipeline), pipeline is not run.pipeline
-    with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
-        if other:
-            drawing = None
-            with optional("Loading --validation_model_path"):
-                drawing = with_same_lora(transformer, drawing_run)
-        drawn = draw_jobs(drawing, jobs, prompts, prompt_embeds, stop, drawing_run)
-        del drawing  # before the VAE comes
-        with optional("Decoding the pictures"):
-            images = decode_latents(list(drawn.values()), run)
-    release_memory()
-    drawn = list(zip(drawn, images))
-    images = dict(drawn if run.sharded else gather_object(drawn))
-    return images if len(images) == len(jobs) else {}
-
-
-HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
-
-
-def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> dict[str, float]:
-    """The flow-matching loss on the held-out pictures: {"": mean, "_low": ..., "_middle": ..., "_high": ...}.
-
-    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
-    a little by k, so that the pictures together cover the schedule evenly. Low, middle and high are thirds of it.
-    """
-    examples, losses = data.plan.examples["held-out"], []
-    jobs = [(k, j) for k in range(len(examples)) for j in range(HELD_OUT_LEVELS)]
-    for k, j in jobs if run.sharded else run.own_part(jobs):
-        level = (j + (k + 0.5) / len(examples)) / HELD_OUT_LEVELS
-        latents = data.latents[examples[k], False]
-        noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
-        batch = MicroBatch(
-            noise[None],
-            sigmas=data.sigmas[int(level * len(data.sigmas))][None],
-            weights=torch.ones(1),
-            prompt_embeds=[data.plan.prompt_embeds[examples[k].caption]],
-            latents=latents[None],
-        )
-        batch = batch.to(run.accelerator.device)
-        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
-    losses = losses if run.sharded else gather_object(losses)
-    third = HELD_OUT_LEVELS // 3
-    low, middle, high = (range(first, first + third) for first in (0, third, 2 * third))
-    bands = {"": range(HELD_OUT_LEVELS), "_low": low, "_middle": middle, "_high": high}
-    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in bands.items()}
-
-
-class Validation:
-    """Draws pictures and measures the held-out loss at the steps that ask for it, and remembers the best."""
-
-    def __init__(
-        self,
-        transformer: ZImageTransformer2DModel,
-        history: list[list],
-        data: TrainingData,
-        stop: StopSignal,
-        run: Run,
-    ) -> None:
-        self.transformer, self.data, self.stop, self.run = transformer, data, stop, run
-        self.history = history  # of the training state: [[held-out loss, step], ...]
-        self.base = None  # held-out losses of the untrained model
-        if "held-out" in data.plan.examples:
-            with eval_mode(self.transformer):
-                self.transformer.disable_adapters()
-                self.base = held_out_loss(self.transformer, data, run)
-                self.transformer.enable_adapters()
-            set_requires_grad(self.transformer, "base", False)
-
-    def __call__(self, step: int, final: bool = False) -> list[Path]:
-        """Validate at `step`; returns the files of the pictures, on the main process."""
-        if self.run.args.ema_decay:
-            logger.info(f"step {step}: the weights that are validated are averaged, see --ema_decay")
-        losses = {"": None}
-        if self.base is not None:
-            with eval_mode(self.transformer):
-                losses = held_out_loss(self.transformer, self.data, self.run)
-            metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
-            metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
-            with optional("--report_to"):
-                self.run.accelerator.log(metrics, step=step)
-            logger.info(f"step {step}: held-out loss {losses['']:.4f} (base model {self.base['']:.4f})")
-            self.history.append([losses[""], step])
-            if self.run.args.save_best and self.run.accelerator.is_main_process and min(self.history)[1] == step:
-                output = OutputFolder(self.run.args.output_dir)
-                with optional("best/"), output.writing(f"best/{LORA_FILE}") as part:
-                    save_lora(self.transformer, part, self.run.saving_dtype)
-                with optional("The file for ComfyUI"):
-                    save_for_comfyui(self.transformer, "-best", self.run)
-        prompts, files = validation_prompts(self.run.args, final), []
-        if prompts:
-            embeds = self.data.plan.prompt_embeds
-            images = draw_validation_images(self.transformer, prompts, embeds, self.stop, self.run)
-            if images and self.run.accelerator.is_main_process:
-                with optional("Saving the pictures"):
-                    files = save_validation_images(images, prompts, step, losses[""], self.run)
-            self.write_page(step)
-        return files
-
-    def write_page(self, step: int, end: str = "") -> bool:
-        """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has.
-
-        Returns whether there is one.
-        """
-        args, now = self.run.args, time.strftime("%Y-%m-%d %H:%M:%S %z")
-        if not (self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True))):
-            return False
-        status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
-        if not end:
-            status += " Nothing says that the run has ended: if that was long ago, it may have stopped."
-        with optional("samples/index.html"):
-            write_gallery(OutputFolder(args.output_dir), step, status, running=not end)
-        return True
-
-    def summary(self) -> str:
-        """What was learned, in numbers, as a line; nothing without held-out pictures."""
-        if self.base is None:
-            return ""
-        best, step = min(self.history)
-        last = self.history[-1][0]
-        return f"Held-out loss: {self.base['']:.4f} before, {last:.4f} after; the lowest, {best:.4f}, at step {step}."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(
-    parameters: list[torch.nn.Parameter], args: argparse.Namespace, learning_rate: float
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[Parameter], args: argparse.Namespace, learning_rate: float) -> Optimizer:
     """AdamW, 8-bit AdamW or Prodigy. Raises UserError where its library is missing."""
-    shared = {
+    options = {
         "lr": learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
     if args.optimizer == "prodigy":
-        try:
+        with user_errors("--optimizer prodigy needs prodigyopt: pip install prodigyopt", ImportError):
             from prodigyopt import Prodigy
-        except ImportError:
-            raise UserError("--optimizer prodigy needs prodigyopt: pip install prodigyopt") from None
-        return Prodigy(
-            parameters,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-            **shared,
-        )
+        for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup"):
+            options[name] = getattr(args, f"prodigy_{name}")
+        return Prodigy(parameters, **options)
     if args.use_8bit_adam:
-        try:
+        with user_errors("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes", ImportError):
             from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
-        return AdamW8bit(parameters, **shared)
-    return torch.optim.AdamW(parameters, **shared, fused=parameters[0].device.type in ("cpu", "cuda"))
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, max_train_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def build_lr_scheduler(optimizer: Optimizer, args: argparse.Namespace, max_train_steps: int) -> LambdaLR:
     """diffusers' schedule by name: the learning rate as a function of the step."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
-def effective_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """What the weights move by: for Prodigy, its estimate d times the learning rate."""
-    group = optimizer.param_groups[0]
-    return group["lr"] * group.get("d", 1.0)
-
-
-def sum_over_processes(
-    parameters: list[torch.nn.Parameter], loss: Tensor, stop_requested: bool, accelerator: Accelerator
-) -> Tensor:
+def sum_over_processes(parameters: list[Parameter], loss: Tensor, stopping: bool, accelerator: Accelerator) -> Tensor:
     """Add up gradients and loss over the processes, in one exchange; returns [loss, how many were asked to stop].
 
-    The LoRA is small, so every process holds all of it and its gradients; only the frozen base is ever sharded. A
-    wrapped model would average the gradients of each backward pass instead, in as many exchanges.
+    Every process holds the whole LoRA; only the frozen base is ever sharded. A wrapped model would average the
+    gradients of each backward pass instead, in as many exchanges.
     """
     for parameter in parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
-    sums = torch.stack([loss, torch.full_like(loss, float(stop_requested))])
-    if accelerator.num_processes == 1:
-        return sums
-    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters] + [sums]), reduction="sum")
-    for parameter, gradient in zip(parameters, flat[:-2].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
-    return flat[-2:]
+    sums = torch.stack([loss, torch.full_like(loss, float(stopping))])
+    if accelerator.num_processes > 1:
+        tensors = [*(parameter.grad for parameter in parameters), sums]
+        flat = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="sum")
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+    return sums
 
 
 @dataclasses.dataclass
@@ -2795,9 +2450,9 @@ class TrainingState:
     """All that changes while training, and all that a resumed run needs of the one that was stopped."""
 
     transformer: ZImageTransformer2DModel
-    parameters: list[torch.nn.Parameter]  # of its LoRA, float32
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+    parameters: list[Parameter]  # of its LoRA, float32
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
     scaler: torch.amp.GradScaler  # accelerate's of fp16, else one that does nothing
     step: int = 0  # updates that are done
     held_out: list[list] = dataclasses.field(default_factory=list)  # [[held-out loss, step], ...]
@@ -2807,12 +2462,10 @@ class TrainingState:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The LoRA with the moving average of its weights, where `--ema_decay` asks for that; afterwards as before."""
-        if not (self.ema_decay and self.step):
-            yield
-            return
         own = [parameter.data for parameter in self.parameters]
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.data = average / (1 - self.ema_decay**self.step)  # as if the zeros were not there
+        if self.ema_decay and self.step:
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                parameter.data = average / (1 - self.ema_decay**self.step)  # as if the zeros were not there
         try:
             yield
         finally:
@@ -2835,15 +2488,12 @@ class TrainingState:
         (folder / STATE_FILE).write_bytes(content.getbuffer())
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Raises UserError where it does not fit, or holds anything but plain data.
-
-        Learning rates stay the command line's: its schedule is a function of the step and needs no state.
-        """
+        """Restore what `save` wrote. Raises UserError where it does not fit, or holds anything but plain data."""
         lora = {name.removeprefix("transformer."): t for name, t in load_file(folder / LORA_FILE).items()}
-        set_peft_model_state_dict(self.transformer, lora)
+        with user_errors(f"{folder}: its LoRA does not fit this model"):
+            set_peft_model_state_dict(self.transformer, lora)
         with user_errors(f"{folder / STATE_FILE} is not a training state of tensors and plain values"):
             saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-            rates = [group["initial_lr"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(saved["optimizer"])
             if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
@@ -2851,8 +2501,8 @@ class TrainingState:
             self.held_out[:] = saved["held_out"]
             for average, value in zip(self.average, saved["average"], strict=True):
                 average.copy_(value)
-        for group, rate, schedule in zip(self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas):
-            group["initial_lr"], group["lr"] = rate, rate * schedule(self.step)
+        rate = self.lr_scheduler.base_lrs[0] * self.lr_scheduler.lr_lambdas[0](self.step)  # the command line's
+        self.optimizer.param_groups[0]["lr"] = rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2879,37 +2529,37 @@ def own_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half removed; files of the user's in it stay where they are."""
-    removed = path if path.suffix == ".removed" else path.with_name(f".{path.name}.removed")
-    if path != removed:
-        rename(path, removed)
+    removed = path.with_suffix(".removed")
+    rename(path, removed)
     for name in CHECKPOINT:
         (removed / name).unlink(missing_ok=True)
-    if not any(removed.iterdir()):
-        removed.rmdir()
-    elif path != removed:
+    if any(removed.iterdir()):
         rename(removed, path)
+    else:
+        removed.rmdir()
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
 
-    Everything goes into a folder of another name, is flushed to the disk, and is renamed into place in one step; the
-    manifest, which lists the size and digest of the other files, is written last. Where that fails, a line says so,
-    the earlier checkpoints stand, and training goes on.
+    Its files, the manifest with their sizes and digests last, go into a folder of another name, are flushed to the
+    disk, and are renamed into place in one step. Where that fails, the earlier checkpoints stand and training goes on.
     """
     output_dir = Path(run.args.output_dir)
     final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         state.save(part)
-        files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
-        manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint, "files": files}
-        manifest["trackers"] = {
-            tracker.name: tracker.run.id for tracker in run.accelerator.trackers if tracker.name == "wandb"
+        manifest = {
+            "step": state.step,
+            "seed": run.seed,
+            "fingerprint": fingerprint,
+            "files": {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())},
+            "trackers": {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"},
         }
-        manifest = json.loads(json.dumps(manifest))
-        (part / MANIFEST).write_text(json.dumps({"digest": digest_of(json.dumps(manifest)), **manifest}, indent=1))
+        content = {"digest": digest_of(json.dumps(manifest)), **manifest}
+        (part / MANIFEST).write_text(json.dumps(content, indent=1))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in own_checkpoints(output_dir):
@@ -2922,22 +2572,19 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         shutil.rmtree(part, ignore_errors=True)
         logger.error(f"{final} could not be saved ({first_line(error)}): training goes on; make room or allow writing")
         return
+    logger.info(f"Saved {final}")
     others = [path for path in own_checkpoints(output_dir) if path != final]
     for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
-        try:
+        with optional(f"Removing {path}"):
             remove_checkpoint(path)
             name = comfyui_file(run.args.output_dir, f"-{int(path.name[11:]):06d}")
             if OutputFolder(output_dir).owns(name):
                 (output_dir / name).unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning(f"{path} could not be removed ({first_line(error)})")
-    logger.info(f"Saved {final}")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read and check a checkpoint. Raises UserError that says what is wrong with it."""
-    errors = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-    with user_errors(f"{path} is not a complete checkpoint of this trainer", *errors):
+    with user_errors(f"{path} is not a complete checkpoint of this trainer"):
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest.pop("digest") != digest_of(json.dumps(manifest)):
             raise UserError(f"{path} is damaged: {MANIFEST} is not what was saved")
@@ -2951,27 +2598,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` means, or None where `latest` finds none. Raises UserError."""
-    requested = args.resume_from_checkpoint
+    requested, flag = args.resume_from_checkpoint, "--resume_from_checkpoint"
     if requested is None:
         return None
     if requested != "latest":
-        path = next((p for p in (Path(requested), Path(args.output_dir, requested)) if p.is_dir()), None)
-        if path is None:
-            raise UserError(f"--resume_from_checkpoint {requested} is not a folder: check the path")
-        with user_errors(f"--resume_from_checkpoint {requested}", UserError):
-            return read_checkpoint(path)
+        with user_errors(flag, UserError):
+            return read_checkpoint(Path(requested) if Path(requested).is_dir() else Path(args.output_dir, requested))
     for path in list_checkpoints(args.output_dir):
         try:
             return read_checkpoint(path)
         except UserError as error:
             logger.warning(f"Passed over: {error}")
+    latest = f"{flag} latest: the run in {args.output_dir}"
     if OutputFolder(args.output_dir).record["finished"]:
-        raise UserError(
-            f"--resume_from_checkpoint latest: the run in {args.output_dir} is finished and left no checkpoint, as "
-            f"--checkpointing_steps would. To train its LoRA on, give --init_lora {args.output_dir} and another "
-            "--output_dir; to start anew, another --output_dir alone"
-        )
-    logger.warning(f"--resume_from_checkpoint latest: {args.output_dir} has no complete checkpoint; starting anew")
+        go_on = f"give another --output_dir and, to train its LoRA on, --init_lora {args.output_dir}"
+        raise UserError(f"{latest} is finished and left no checkpoint, as --checkpointing_steps would: {go_on}")
+    logger.warning(f"{latest} has no complete checkpoint; starting anew")
     return None
 
 
@@ -2993,6 +2635,247 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     if run.compiled:
         compile_blocks(transformer)
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+Pictures = dict[tuple[int, int], Image.Image]  # {(number of the prompt, of its picture): picture}
+
+
+def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
+    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
+    key = f"validation/prompt-{prompt}"  # some make a file's name of it
+    label = f"validation/{prompt}: {text[:60]}"
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({label: picture}, step=step, dataformats="HWC")
+        case "clearml":
+            tracker.log_images({label: picture}, step=step)
+        case "aim":
+            tracker.log_images({key: (picture, text)}, step=step)
+        case "wandb" | "swanlab" | "trackio":
+            image = importlib.import_module(tracker.name).Image
+            tracker.log({key: image(picture, caption=text)}, step=step)
+        case "comet_ml":
+            tracker.tracker.log_image(picture, name=label, step=step)
+        case "mlflow":
+            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
+        case "dvclive":
+            tracker.tracker.log_image(f"{key}/{step}.png", picture)
+
+
+def save_pictures(images: Pictures, prompts: list[Drawing], step: int, held_out: float | None, run: Run) -> list[Path]:
+    """Save pictures, with what the page says of each inside it, and send them to the trackers; returns the files."""
+    output, files = OutputFolder(run.args.output_dir), []
+    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
+    for (prompt, number), image in images.items():
+        drawing, name = prompts[prompt], f"{kind}-{step:06d}-prompt-{prompt}-image-{number}"
+        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
+        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
+        seed = (run.seed if drawing.seed is None else drawing.seed) + number
+        about = {"order": [step, prompt, number], "prompt": drawing.prompt, "settings": settings}
+        text = PngInfo()
+        text.add_itxt("validation", json.dumps(about | {"seed": seed, "held_out": held_out}, ensure_ascii=False))
+        with output.writing(f"samples/thumbnails/{name}.jpg") as part:
+            ImageOps.contain(image, (256, 256)).save(part, quality=90)
+        with output.writing(f"samples/{name}.png") as part:
+            image.save(part, pnginfo=text)
+        files.append(output.path / f"samples/{name}.png")
+    for prompt, keys in itertools.groupby(images, operator.itemgetter(0)):
+        row = np.hstack([images[key] for key in keys])
+        for tracker in run.accelerator.trackers:
+            log_picture(tracker, prompt, prompts[prompt].prompt, row, step)
+    return files
+
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1, minimum-scale=1">$refresh
+<title>$title</title>
+<style>
+  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+  h1, body > p { position: sticky; left: 8px; max-width: calc(100vw - 16px); overflow-wrap: anywhere; }
+  th, td { padding: 4px; text-align: start; vertical-align: top; font-weight: normal; }
+  th { position: sticky; left: 0; background: Canvas; }
+  tr:first-child th { left: auto; top: 0; z-index: 1; }
+  th p { margin: 0; max-height: 7em; overflow: auto; overflow-wrap: anywhere; }
+  td div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; width: min(256px, 60vw); }
+  a:only-child { grid-column: 1 / 3; }
+  img { display: block; width: 100%; }
+</style>
+<h1>$title</h1>
+<p>$status <a href="#newest">Newest pictures</a></p>
+<table>
+<tr><th></th>$heads</tr>
+$rows</table>
+<p id="newest"></p>
+""")
+
+
+def read_samples(folder: Path, last_step: int) -> list[dict[str, Any]]:
+    """What the pictures of all validations up to `last_step` say of themselves, in order."""
+    samples = []
+    for file in folder.glob("[!.]*-prompt-*.png"):
+        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
+            about = json.loads(image.info["validation"])
+            column = about["prompt"], about["settings"]
+            samples.append({"name": file.stem, "step": about["order"][0], "column": column} | about)
+    samples.sort(key=operator.itemgetter("order"))
+    return [sample for sample in samples if sample["step"] <= last_step]
+
+
+def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> None:
+    """Save the first pictures of the last 20 validations as one: steps down, prompts across."""
+    names = {(sample["step"], sample["column"]): sample["name"] for sample in reversed(samples)}
+    steps, columns, grid = sorted({step for step, _ in names})[-20:], dict.fromkeys(s["column"] for s in samples), []
+    for key in itertools.product(steps, columns):
+        blank = Image.new("RGB", (256, 256), "white")
+        image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
+        grid.append(ImageOps.pad(image, blank.size, color="white"))
+    with output.writing("samples/contact-sheet.png") as part:
+        make_image_grid(grid, len(steps), len(columns)).save(part)
+
+
+def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
+    """Write `index.html` and `contact-sheet.png`, anew each time from what the pictures say of themselves."""
+    samples, rows = read_samples(output.path / "samples", last_step), ""
+    columns = dict.fromkeys(sample["column"] for sample in samples)
+    for (step, held_out), row in itertools.groupby(samples, operator.itemgetter("step", "held_out")):
+        cells = dict.fromkeys(columns, "")
+        for sample in row:
+            picture = f'<img src="thumbnails/{sample["name"]}.jpg" alt=""><small>seed {sample["seed"]}</small>'
+            cells[sample["column"]] += f'<a href="{sample["name"]}.png">{picture}</a>'
+        loss = "" if held_out is None else f"<br>held-out loss&nbsp;{held_out:.4f}"
+        pictures = "".join(f"<td><div>{cell}</div></td>" for cell in cells.values())
+        rows += f"<tr><th>step&nbsp;{step}{loss}</th>{pictures}</tr>\n"
+    page = PAGE.substitute(
+        title=escape(output.path.absolute().name),
+        status=status,
+        refresh='<meta http-equiv="refresh" content="30">' if running else "",
+        heads="".join(f'<th><p dir="auto">{escape(a)}</p><small>{escape(b)}</small></th>' for a, b in columns),
+        rows=rows,
+    )
+    with output.writing("samples/index.html") as part:
+        part.write_text(page, encoding="utf-8")
+    if tracked := [sample for sample in samples if sample["name"].startswith("step")]:  # by --validation_prompt
+        save_contact_sheet(tracked, output)
+
+
+HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
+BANDS = {"": range(12), "_low": range(4), "_middle": range(4, 8), "_high": range(8, 12)}  # of them, as they are logged
+
+
+def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> dict[str, float]:
+    """The flow-matching loss on the held-out pictures: {band: mean}.
+
+    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
+    a little by k, so that the pictures together cover the schedule evenly.
+    """
+    examples, losses = data.plan.examples["held-out"], []
+    jobs = [(k, j) for k in range(len(examples)) for j in range(HELD_OUT_LEVELS)]
+    for k, j in jobs if run.sharded else run.own_part(jobs):
+        level = (j + (k + 0.5) / len(examples)) / HELD_OUT_LEVELS
+        sigmas = data.sigmas[int(level * len(data.sigmas))][None]
+        latents = data.latents[examples[k], False][None]
+        noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
+        embeds = [data.plan.prompt_embeds[examples[k].caption]]
+        batch = MicroBatch(noise, sigmas, torch.ones(1), embeds, latents).to(run.accelerator.device)
+        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
+    losses = losses if run.sharded else gather_object(losses)
+    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in BANDS.items()}
+
+
+class Validation:
+    """Draws pictures and measures the held-out loss of the model as it stands, and keeps the best."""
+
+    def __init__(self, state: TrainingState, data: TrainingData, stop: StopSignal, run: Run) -> None:
+        self.state, self.data, self.stop, self.run = state, data, stop, run
+        self.base = None  # held-out losses of the untrained model
+        if "held-out" in data.plan.examples:
+            with eval_mode(state.transformer):
+                state.transformer.disable_adapters()
+                self.base = held_out_loss(state.transformer, data, run)
+                state.transformer.enable_adapters()
+            set_requires_grad(state.transformer, "base", False)
+
+    def measure(self) -> float:
+        """Log the held-out losses, and save the LoRA in `best/` where the flags ask for it; returns their mean."""
+        run, step, transformer = self.run, self.state.step, self.state.transformer
+        with eval_mode(transformer):
+            losses = held_out_loss(transformer, self.data, run)
+        metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
+        metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
+        with optional("--report_to"):
+            run.accelerator.log(metrics, step=step)
+        mean, base = losses[""], self.base[""]
+        self.state.held_out.append([mean, step])
+        lowest, best = min(self.state.held_out)
+        logger.info(
+            f"step {step}: held-out loss {mean:.4f} (base model {base:.4f}; lowest {lowest:.4f}, at step {best})"
+        )
+        if run.args.save_best and run.accelerator.is_main_process and best == step:
+            with optional("best/"):
+                with OutputFolder(run.args.output_dir).writing(f"best/{LORA_FILE}") as part:
+                    save_lora(transformer, part, run.saving_dtype)
+                save_for_comfyui(transformer, "-best", run)
+        return mean
+
+    def draw(self, prompts: list[Drawing]) -> Pictures:
+        """Draw the prompts; nothing where one cannot be drawn, for want of memory for example, or on a stop.
+
+        Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the
+        moment. Picture i of a prompt has the noise of its seed plus i in `ZImagePipeline`, at every validation.
+        """
+        run, transformer, drawn, images = self.run, self.state.transformer, {}, []
+        jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
+        drawing_run = dataclasses.replace(run, pipeline=validation_pipeline(run))
+        other, at_once = bool(run.args.validation_model_path), 1 if run.sharded else run.accelerator.num_processes
+        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
+            model = None
+            with optional("Loading --validation_model_path"):
+                model = with_same_lora(transformer, drawing_run) if other else transformer
+            for first in with_progress(range(0, len(jobs), at_once), "pictures drawn", run.accelerator):
+                if any(gather_object([self.stop.number > 0])):  # all processes stop here, between two pictures
+                    break
+                turn = [] if model is None else jobs[first : first + at_once]
+                for prompt, number in turn if run.sharded else run.own_part(turn):
+                    with optional("Drawing a picture"):
+                        drawing, embeds = prompts[prompt], self.data.plan.prompt_embeds
+                        seed = (run.seed if drawing.seed is None else drawing.seed) + number
+                        (drawn[prompt, number],) = draw_latents(model, drawing, [seed], embeds, drawing_run)
+            del model  # before the VAE comes
+            with optional("Decoding the pictures"):
+                images = decode_latents(list(drawn.values()), run)
+        release_memory()
+        pictures = list(zip(drawn, images, strict=False))
+        pictures = dict(sorted(pictures if run.sharded else gather_object(pictures)))
+        return pictures if len(pictures) == len(jobs) else {}
+
+    def __call__(self, final: bool = False) -> list[Path]:
+        """Validate the model as it stands; returns the files of the pictures, on the main process."""
+        prompts, files = validation_prompts(self.run.args, final), []
+        if self.run.args.ema_decay:
+            logger.info(f"step {self.state.step}: the weights that are validated are averaged, see --ema_decay")
+        with self.state.averaged():
+            held_out = self.measure() if self.base else None
+            images = self.draw(prompts) if prompts else {}
+        if images and self.run.accelerator.is_main_process:
+            with optional("Saving the pictures"):
+                files = save_pictures(images, prompts, self.state.step, held_out, self.run)
+        self.write_page()
+        return files
+
+    def write_page(self, end: str = "") -> None:
+        """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has."""
+        args, step, now = self.run.args, self.state.step, time.strftime("%Y-%m-%d %H:%M:%S %z")
+        if self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True)):
+            status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
+            if not end:
+                status += " Nothing says that the run has ended: if that was long ago, it may have stopped."
+            with optional("samples/index.html"):
+                write_gallery(OutputFolder(args.output_dir), step, status, running=not end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3200,7 +3083,7 @@ def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shap
         examples = examples | {"class": [one]}
     plan = TrainingPlan(examples, run, {text: torch.empty(length, 0) for text, length in lengths.items()})
     updates = [plan.micro_batches(step) for step in range(min(plan.max_train_steps, 100))]
-    keys = {(len(batch), *plan.key(batch[0].example, batch[0].prompt)) for update in updates for batch in update}
+    keys = {(len(batch), *plan.key(batch[0])) for update in updates for batch in update}
     count, height, width, tokens = max(
         keys, key=lambda key: key[0] * (key[1] * key[2] / SIZE_MULTIPLE**2 + 32 * key[3])
     )
@@ -3737,7 +3620,7 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
-    for path in output.path.glob(".checkpoint-*.removed"):  # or while it removed one
+    for path in output.path.glob("checkpoint-*.removed"):  # or while it removed one
         remove_checkpoint(path)
     if checkpoint:
         output.update(finished=False)
@@ -3847,10 +3730,10 @@ def publish(files: list[Path], validation: Validation, run: Run) -> None:
     with optional(RUN_FILE):
         OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
     logger.info(
-        f"{validation.summary()}\nTo use the LoRA, after `from diffusers import ZImagePipeline`:\n"
+        "To use the LoRA, after `from diffusers import ZImagePipeline`:\n"
         f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r})\n"
         f"  pipe.load_lora_weights({args.output_dir!r})\n"
-        f"  pipe({plan.examples['instance'][0].caption!r}).images[0].save('picture.png')".lstrip()
+        f"  pipe({plan.examples['instance'][0].caption!r}).images[0].save('picture.png')"
     )
     if args.push_to_hub:
         push_to_hub(files, run)
@@ -3955,7 +3838,8 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
             loss, stopping, norm = apply_gradients(state, sums, run)
             if state.step == step:  # not where its pictures did not come: a resumed run takes it again
                 skipped_in_a_row = 0 if math.isfinite(loss + norm) else skipped_in_a_row + 1
-                progress.update(step, loss, norm, effective_learning_rate(state.optimizer))
+                group = state.optimizer.param_groups[0]  # Prodigy moves the weights by its estimate d times the rate
+                progress.update(step, loss, norm, group["lr"] * group.get("d", 1.0))
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
 
@@ -3966,8 +3850,7 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
             if stopping:
                 return stop.number or signal.SIGTERM
             if data.plan.validates(step) and step < data.plan.max_train_steps:
-                with state.averaged():
-                    validation(step)
+                validation()
     return 0
 
 
@@ -4031,22 +3914,23 @@ def main(args: argparse.Namespace) -> None:
     pictures = []
     with watched("training"), StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
-        validation = Validation(state.transformer, state.held_out, data, stop, run)
-        if validation.write_page(state.step):
-            logger.info(f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}")
+        validation = Validation(state, data, stop, run)
+        validation.write_page()
+        page = Path(args.output_dir, "samples", "index.html")
+        if page.is_file():
+            logger.info(f"The pictures are shown in {page}")
         if plan.validates(state.step) and state.step < plan.max_train_steps:
-            with state.averaged():  # also of a resumed run: a checkpoint is saved before the validation of its step
-                validation(state.step)
+            validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
         stopped_by = train(state, validation, fingerprint, run)
         if not stopped_by:
             if accelerator.is_main_process:
                 with state.averaged():
                     save_result(state.transformer, run)
             accelerator.wait_for_everyone()
-            with optional("The last validation"), state.averaged():
-                pictures = validation(plan.max_train_steps, final=True)
+            with optional("The last validation"):
+                pictures = validation(final=True)
     to_continue = "Stopped. To continue: the same command with --resume_from_checkpoint latest."
-    validation.write_page(state.step, to_continue if stopped_by else "The run ended")
+    validation.write_page(to_continue if stopped_by else "The run ended")
     with optional("--report_to"):
         accelerator.end_training()
     if stopped_by:

@@ -595,10 +595,10 @@ def test_a_checkpoint_is_whole_or_absent_wherever_saving_is_killed(tiny_model, p
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(stopped_run, tiny_model, photos, fork):
-    for name in (".checkpoint-7.part", ".checkpoint-1.removed"):
+    for name in (".checkpoint-7.part", "checkpoint-1.removed"):
         shutil.copytree(stopped_run / "checkpoint-1", stopped_run / name)
     fork(train_args(tiny_model, photos, stopped_run, **SHORT), "--resume_from_checkpoint=latest")
-    assert not [path.name for path in stopped_run.iterdir() if path.name.startswith(".")]
+    assert not [path.name for path in stopped_run.iterdir() if path.name.endswith((".part", ".removed"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -985,7 +985,7 @@ def kill_while_the_last_pictures_are_drawn(trainer):
     def draw(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.draw_validation_images = draw
+    trainer.Validation.draw = draw
 
 
 def test_a_run_killed_before_its_last_pictures_is_not_finished(tiny_model, photos, tmp_path, fork):

@@ -105,7 +105,7 @@ def test_an_update_draws_the_permutations_of_its_own_epochs_alone(monkeypatch):
 
 def test_an_update_inside_an_epoch_has_one_size_and_length_where_they_suffice():
     plan = make_plan(600, train_batch_size=4, max_train_steps=300)
-    updates = [{plan.key(sample.example, sample.prompt) for sample in plan.update(step)} for step in range(300)]
+    updates = [{plan.key(sample) for sample in plan.update(step)} for step in range(300)]
     assert [len(keys) for keys in updates] == [1] * 300  # 600 pictures of six kinds, 100 of each
     mixed = make_plan(602, train_batch_size=4, max_train_steps=301)
     several = [step for step in range(301) if len({s.example.bucket for s in mixed.update(step)}) > 1]
@@ -153,7 +153,7 @@ def test_an_update_is_the_same_however_it_is_divided(processes, batch_size, accu
         assert taken == reference.update(step)
         for batch in (batch for part in parts for batch in part):
             assert 0 < len(batch) <= batch_size
-            assert len({plans[0].key(sample.example, sample.prompt) for sample in batch}) == 1
+            assert len({plans[0].key(sample) for sample in batch}) == 1
         if sharded:  # every process must run as many forward passes as the others
             assert len({len(part) for part in parts}) == 1
 
@@ -268,8 +268,6 @@ def test_two_resolutions_are_cached_trained_and_drawn_at_the_last(tiny_model, si
 # Threads that read ahead
 # ---------------------------------------------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
-
 
 def loaded(number):
     value = torch.tensor([float(number)])
@@ -278,20 +276,20 @@ def loaded(number):
 
 @pytest.fixture
 def reader():
-    """`reader(load, jobs, threads)`: reading threads that are closed after the test; a job is any value."""
+    """`reader(load, jobs, threads)`: micro-batches that are read ahead; a job is any value."""
     opened = []
 
-    def reader(load, jobs, threads=2):
-        opened.append(trainer.ReadingThreads(load, jobs, threads))
+    def reader(load, jobs, threads=2, stopping=lambda: False):
+        accelerator = SimpleNamespace(device=torch.device("cpu"))
+        run = SimpleNamespace(args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator)
+        data = trainer.TrainingData(None, None, run)
+        data.load = load
+        opened.append(data.read_ahead(iter(jobs), stopping))
         return opened[-1]
 
     yield reader
-    for threads in opened:
-        threads.close()
-
-
-def take(reading, stopping=False):
-    return reading.take(CPU, lambda: stopping, 0)
+    for reading in opened:
+        reading.close()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -306,7 +304,7 @@ def test_micro_batches_come_in_their_order_whichever_is_read_first(threads, read
         return loaded(number)
 
     reading = reader(load, range(20), threads)
-    assert [take(reading).noise.item() for _ in range(20)] == list(range(20))
+    assert [batch.noise.item() for batch in reading] == list(range(20))
 
 
 def test_what_is_read_ahead_is_bounded(reader):
@@ -319,7 +317,7 @@ def test_what_is_read_ahead_is_bounded(reader):
 
     reading = reader(loaded, jobs(), 3)
     for taken in range(1, 50):
-        take(reading)
+        next(reading)
         assert len(read) - taken <= 3 + 2
 
 
@@ -334,13 +332,14 @@ def test_an_error_in_a_thread_keeps_its_type_and_message_and_comes_in_its_turn(r
         return loaded(number)
 
     reading = reader(load, range(10))
-    assert [take(reading).noise.item() for _ in range(2)] == [0, 1]
+    assert [next(reading).noise.item() for _ in range(2)] == [0, 1]
     with pytest.raises(Strange, match=r"^cat\.png$"):
-        take(reading)
+        next(reading)
 
 
-def test_a_stop_is_not_held_up_by_a_read_that_never_returns(reader):
-    stuck, entered = threading.Event(), threading.Event()
+def test_a_stop_is_not_held_up_by_a_read_that_never_returns(reader, monkeypatch):
+    monkeypatch.setattr(trainer, "PATIENCE", 0.5)
+    stuck, entered, stop = threading.Event(), threading.Event(), threading.Event()
 
     def load(number):
         if number == 1:
@@ -348,33 +347,38 @@ def test_a_stop_is_not_held_up_by_a_read_that_never_returns(reader):
             stuck.wait()
         return loaded(number)
 
-    reading = reader(load, range(10), 1)
-    assert take(reading).noise.item() == 0
+    reading = reader(load, range(10), 1, stop.is_set)
+    assert next(reading).noise.item() == 0
     assert entered.wait(30)
     started = time.monotonic()
-    assert take(reading, stopping=True) is None
+    stop.set()
+    assert next(reading) is None
     reading.close()
     assert time.monotonic() - started < 5
     stuck.set()
 
 
-def test_an_update_in_progress_waits_a_little_for_its_pictures(reader):
+def test_an_update_in_progress_waits_a_little_for_its_pictures(reader, monkeypatch):
+    monkeypatch.setattr(trainer, "PATIENCE", 30)
     asked = threading.Event()
 
     def load(number):
         assert number == 0 or asked.wait(30)
         return loaded(number)
 
-    reading = reader(load, range(2), 1)
-    take(reading)
-    assert reading.take(CPU, lambda: asked.set() or True, 30).noise.item() == 1
+    reading = reader(load, range(2), 1, lambda: asked.set() or True)
+    assert [batch.noise.item() for batch in reading] == [0, 1]
 
 
 def test_threads_end_when_they_are_closed(reader):
+    before = {*threading.enumerate()}
     reading = reader(loaded, range(100), 3)
-    take(reading)
+    next(reading)
+    threads = {*threading.enumerate()} - before
     reading.close()
-    assert not any(thread.is_alive() for thread in reading.threads)
+    for thread in threads:
+        thread.join(30)
+    assert len(threads) == 3 and not any(thread.is_alive() for thread in threads)
 
 
 def stick_after_six(trainer):

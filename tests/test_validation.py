@@ -174,9 +174,9 @@ def validated(tiny_model, shared_photos, held_out, tmp_path_factory):
     watched = SimpleNamespace(out=out, loads=Counter(), untouched={}, pages={}, validation=None)
     validate = trainer.Validation.__call__
 
-    def watch(validation, step, final=False):
-        before = random_states()
-        files = validate(validation, step, final)
+    def watch(validation, final=False):
+        before, step = random_states(), validation.state.step
+        files = validate(validation, final)
         watched.untouched[step] = random_states() == before
         watched.validation, watched.pages[step] = validation, Page(out)
         return files
@@ -519,7 +519,7 @@ def draw_gallery(out, prompts, steps, size=(SIDE, SIDE)):
     run = SimpleNamespace(args=args, seed=0, accelerator=SimpleNamespace(trackers=[]))
     images = {(prompt, 0): Image.new("RGB", size, "red") for prompt in range(len(prompts))}
     for step in steps:
-        trainer.save_validation_images(images, args.validation_prompt, step, None, run)
+        trainer.save_pictures(images, args.validation_prompt, step, None, run)
     trainer.write_gallery(trainer.OutputFolder(out), max(steps), "now", running=True)
 
 
@@ -607,7 +607,7 @@ def test_at_step_0_the_held_out_loss_is_the_base_models_and_then_it_moves_alone(
 
 def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_sampling(validated):
     """Over seeds: the loss less the base model's, on the same noise at even levels; and two means of free samples."""
-    transformer, data = validated.validation.transformer, validated.validation.data
+    transformer, data = validated.validation.state.transformer, validated.validation.data
     examples = data.plan.examples["held-out"]
 
     def gain(run):
@@ -649,7 +649,7 @@ def test_save_best_keeps_the_lora_of_the_lowest_held_out_loss(
     flags = {"validation_data_dir": held_out, "validation_epochs": 1, "save_best": True, "checkpointing_steps": 3}
     train(tiny_model, shared_photos, tmp_path, **TRAINING, **flags)
     assert_same_weights(tmp_path / "best", tmp_path / "checkpoint-3")
-    assert "1.0000 before, 0.7000 after; the lowest, 0.5000, at step 3" in capsys.readouterr().err
+    assert "step 6: held-out loss 0.7000 (base model 1.0000; lowest 0.5000, at step 3)" in capsys.readouterr().err
 
 
 def test_a_run_may_go_on_without_its_held_out_pictures(tiny_model, shared_photos, held_out, tmp_path, capsys):
