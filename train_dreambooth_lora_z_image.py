@@ -106,7 +106,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm.auto import tqdm
@@ -1267,7 +1267,7 @@ class Run:
     @property
     def offloads(self) -> bool:
         """Whether `--offload` has somewhere to put things: on the CPU it has not."""
-        return self.args.offload and self.accelerator.device.type != "cpu"
+        return self.args.offload and self.accelerator.device != torch.device("cpu")
 
     @property
     def saving_dtype(self) -> torch.dtype:
@@ -2389,10 +2389,12 @@ def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
 def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTransformer2DModel:
     """The transformer of `run.pipeline`, for pictures, with the LoRA of the one in training."""
     drawing = load_transformer(run)
+    if run.sharded:  # it waits on the host: the adapter goes where it is
+        drawing.to(run.accelerator.device)
     with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
-    return drawing.to(run.accelerator.device).eval()
+    return drawing.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2888,28 +2890,24 @@ class Validation:
 COUNTED = torch.device("cpu:0")
 
 
-class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive on COUNTED, rounded up as CUDA's allocator does."""
+class MemoryCounter(FakeTensorMode):
+    """Makes all tensors fake, and counts the bytes of those on COUNTED, rounded up as CUDA's allocator does."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.storages: dict[int, tuple[weakref.ref, int]] = {}
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Nothing is compiled while this mode is on."""
-        return True
+        super().__init__(allow_non_fake_inputs=True)
+        self.fake_tensor_converter.set_tensor_memo = lambda *_: None  # its weak references are in Module.to's way
+        self.live = self.peak = self.depth = 0
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls
-            return args[0].fake_device
-        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # a tensor of several, which are counted one by one
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a number is asked for
             return 1.0 if args[0].dtype.is_floating_point else 1
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        self.depth += 1
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs or {})
+        finally:
+            self.depth -= 1
+        for tensor in tree_leaves(result) if not self.depth else ():  # not of what an operation is made of
             if isinstance(tensor, FakeTensor) and tensor.fake_device == COUNTED:
                 self.see(tensor.untyped_storage())
         return result
@@ -2918,140 +2916,72 @@ class MemoryCounter(TorchDispatchMode):
         """Count a storage, once, until nothing refers to it."""
         address, size = storage._cdata, -(-storage.nbytes() // 512) * 512
         if address not in self.storages:
-            self.storages[address] = (weakref.ref(storage, functools.partial(self.forget, address)), size)
+            self.storages.add(address)
             self.live += size
             self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, address, size)
 
-    def forget(self, address: int, reference: weakref.ref) -> None:
-        if address in self.storages and self.storages[address][0] is reference:
-            self.live -= self.storages.pop(address)[1]
-
-    def peak_since(self) -> float:
-        """The highest number of bytes since the last call."""
-        peak, self.peak = self.peak, self.live
-        return peak
-
-
-def attention_of_a_gpu(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """`scaled_dot_product_attention` by the kernel that CUDA takes: what it keeps differs from the CPU's."""
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, learns, dropout_p, is_causal, scale=scale)[0]
-
-
-def replace_tensors(module: torch.nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """`Module._apply` for fake tensors, whose own changes parameters in place, which they do not bear."""
-    for child in module.children() if recurse else ():
-        replace_tensors(child, change)
-    for tensors in (module._parameters, module._buffers):
-        for name, old in [(name, old) for name, old in tensors.items() if old is not None]:
-            with torch.no_grad():
-                new = change(old)
-            is_parameter = tensors is module._buffers or new is old or isinstance(new, torch.nn.Parameter)
-            tensors[name] = new if is_parameter else torch.nn.Parameter(new, old.requires_grad)
-    return module
+    def forget(self, address: int, size: int) -> None:
+        self.storages.remove(address)
+        self.live -= size
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[MemoryCounter]:
-    """Meanwhile all tensors are fake and are counted; other modes, and random states, stay as they are."""
-    functional, module = torch.nn.functional, torch.nn.Module
-    before = functional.scaled_dot_product_attention, module._apply
-    functional.scaled_dot_product_attention, module._apply = attention_of_a_gpu, replace_tensors
-    try:
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.random.fork_rng(devices=[]), _disable_current_modes(), fake, MemoryCounter() as counter:
-            yield counter
-    finally:
-        functional.scaled_dot_product_attention, module._apply = before
+    """Meanwhile memory is counted; other modes, and random states, stay as they are."""
+    with torch.random.fork_rng(devices=[]), _disable_current_modes(), MemoryCounter() as counter:
+        yield counter
 
 
-def without_numbers(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
-    """The module that `build` makes, its tensors fake ones on the host."""
-    with _disable_current_modes(), torch.device("meta"):
-        module = build()
-    return replace_tensors(
-        module, lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="cpu")
-    )
-
-
-def quantize_without_numbers(layer: torch.nn.Module, old: torch.nn.Parameter) -> None:
-    """What bitsandbytes makes of a layer as it moves to a GPU; `old` is its parameter with the settings."""
+def quantize_as_on_gpu(layer: torch.nn.Module, weight: torch.nn.Parameter) -> None:
+    """What bitsandbytes makes of a layer as it moves to a GPU; `weight`, on the meta device, has the settings."""
     import bitsandbytes as bnb
 
-    weight = layer.weight.to(COUNTED)
+    data = torch.empty(weight.shape, dtype=weight.dtype, device=COUNTED)
     if isinstance(layer, bnb.nn.Linear4bit):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        data, state = bnb.functional.quantize_4bit(weight, **{name: getattr(old, name) for name in names})
+        data, state = bnb.functional.quantize_4bit(data, **{name: getattr(weight, name) for name in names})
         layer.quant_state, more = state, {"quant_state": state, "bnb_quantized": True}
     else:
-        data, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        data, scales, _ = bnb.functional.int8_vectorwise_quant(data.half())
         layer.state.threshold, more = 0.0, {"CB": data, "SCB": scales}  # as if there were no outliers
     layer.weight = torch.nn.Parameter(data, requires_grad=False)
-    vars(layer.weight).update(vars(old) | more)
+    vars(layer.weight).update(vars(weight) | more)
 
 
-class PipelineWithoutNumbers(PipelineInfo):
-    """A pipeline whose components have fake weights."""
+class FakePipeline(PipelineInfo):
+    """A pipeline whose components have shapes and no numbers; they wait on the host, but those that are quantized."""
 
     def load(self, cls: type[T], subfolder: str, dtype: torch.dtype, **kwargs: Any) -> T:
-        def build() -> torch.nn.Module:
-            module = cls.from_config(self.transformer_config if subfolder == "transformer" else self.vae_config)
-            if config := kwargs.get("quantization_config"):
+        configs = {"text_encoder": self.text_config, "transformer": self.transformer_config, "vae": self.vae_config}
+        config, quantized = kwargs.get("quantization_config"), {}
+        with _disable_current_modes(), torch.device("meta"):
+            module = cls.from_config(configs[subfolder])
+            if config:
                 quantizer = DiffusersAutoQuantizer.from_config(config)
                 quantizer.preprocess_model(module, device_map=None, keep_in_fp32_modules=[])
-                quantized.update((n, m.weight) for n, m in module.named_modules() if hasattr(m, "quant_state"))
-                quantized.update((n, m.weight) for n, m in module.named_modules() if hasattr(m, "state"))
-            return module
-
-        quantized: dict[str, Any] = {}
-        module = without_numbers(build, dtype)
-        for name, old in quantized.items():
-            quantize_without_numbers(module.get_submodule(name), old)
-        return (module.to(COUNTED) if quantized else module).eval()
-
-
-@dataclasses.dataclass(frozen=True)
-class CountedRun(Run):
-    """A run that takes place on fake tensors."""
-
-    @property
-    def offloads(self) -> bool:
-        return self.args.offload
+            torch.nn.Module.to(module, dtype)
+            for layer in module.modules():
+                if hasattr(layer, "quant_state") or hasattr(layer, "state"):
+                    quantized[layer], layer.weight = layer.weight, None
+        module.to_empty(device=COUNTED if config else "cpu")
+        for layer, weight in quantized.items():
+            quantize_as_on_gpu(layer, weight)
+        return module.eval()
 
 
-def counted_run(run: Run) -> CountedRun:
-    """The run as `counting` can do it: one process, on COUNTED, weights without numbers."""
-    pipeline = PipelineWithoutNumbers(**vars(run.pipeline) | {"transformer_file": None})
-    accelerator = types.SimpleNamespace(
-        device=COUNTED,
-        num_processes=1,
-        process_index=0,
-        distributed_type=DistributedType.NO,
-        state=types.SimpleNamespace(dynamo_plugin=types.SimpleNamespace(backend=DynamoBackend.NO)),
-        autocast=functools.partial(
-            torch.autocast, "cpu", run.weight_dtype, run.weight_dtype != torch.float32, cache_enabled=False
-        ),
+def counted_run(run: Run) -> Run:
+    """The run as it can be counted: one process, on COUNTED, without weights, its blocks as they are written."""
+    args = argparse.Namespace(**vars(run.args))
+    args.attention_backend, args.enable_npu_flash_attention = None, False
+    args.offload = args.offload and bool(args.plan_for or run.accelerator.device.type != "cpu")
+    accelerator = types.SimpleNamespace(device=COUNTED, distributed_type=DistributedType.NO)
+    accelerator.autocast = functools.partial(
+        torch.autocast, "cpu", run.weight_dtype, run.weight_dtype != torch.float32, cache_enabled=False
     )
-    fraction = run.checkpointed_fraction  # of the real run, where a configuration of FSDP may say so
-    on_gpu = run.args.plan_for or run.accelerator.device.type != "cpu"
-    args = {"gradient_checkpointing": fraction, "offload": run.args.offload and on_gpu}
-    args |= {"attention_backend": None, "enable_npu_flash_attention": False, "compile": False}
-    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(Run)}
-    fields |= {"args": argparse.Namespace(**vars(run.args) | args), "accelerator": accelerator, "pipeline": pipeline}
-    return CountedRun(**fields)
+    pipeline = FakePipeline(**vars(run.pipeline) | {"transformer_file": None})
+    changes = {"args": args, "accelerator": accelerator, "pipeline": pipeline, "fraction": run.checkpointed_fraction}
+    return dataclasses.replace(run, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3064,9 +2994,9 @@ class Shapes:
     bucket: Size  # and its size
     accumulates: bool  # whether gradients are there while a micro-batch goes through
     largest: Size  # of all pictures that are encoded
-    held_out: Size | None
-    drawn: Size | None  # the largest of the pictures for validation
-    class_picture: Size | None  # where some are to be drawn
+    held_out: Size | None = None
+    drawn: Size | None = None  # the largest of the pictures for validation
+    class_picture: Size | None = None  # where some are to be drawn
 
 
 def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shapes:
@@ -3077,10 +3007,8 @@ def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shap
     lengths = {text: count_tokens(tokenizer, text, run) for text in all_prompts(examples, args)}
     class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
     if missing_class_images and not examples["class"]:
-        one = dataclasses.replace(
-            examples["instance"][0], kind="class", caption=args.class_prompt, bucket=class_picture
-        )
-        examples = examples | {"class": [one]}
+        one = {"kind": "class", "caption": args.class_prompt, "bucket": class_picture}
+        examples = examples | {"class": [dataclasses.replace(examples["instance"][0], **one)]}
     plan = TrainingPlan(examples, run, {text: torch.empty(length, 0) for text, length in lengths.items()})
     updates = [plan.micro_batches(step) for step in range(min(plan.max_train_steps, 100))]
     keys = {(len(batch), *plan.key(batch[0])) for update in updates for batch in update}
@@ -3100,61 +3028,59 @@ def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shap
     )
 
 
-def fake_batch(size: int, bucket: Size, tokens: int, run: Run) -> MicroBatch:
-    """A micro-batch of `size` samples, of latents or, where they are not cached, of pixels."""
+def fake_batch(size: int, bucket: Size, tokens: int, run: Run, encoded: bool = True) -> MicroBatch:
+    """A micro-batch of `size` samples, of latents or of pixels."""
     noise = torch.empty(size, *run.pipeline.latent_shape(bucket), device=COUNTED)
-    embeds = [torch.empty(tokens, run.pipeline.transformer_config["cap_feat_dim"], device=COUNTED)] * size
     numbers = torch.empty(size, device=COUNTED)
-    if run.args.cache_latents:
-        return MicroBatch(noise, numbers, numbers, embeds, latents=torch.empty_like(noise))
-    return MicroBatch(noise, numbers, numbers, embeds, pixels=torch.empty(size, 3, *bucket, device=COUNTED))
+    embeds = [torch.empty(tokens, run.pipeline.transformer_config["cap_feat_dim"], device=COUNTED)] * size
+    pixels = None if encoded else torch.empty(size, 3, *bucket, device=COUNTED)
+    return MicroBatch(noise, numbers, numbers, embeds, noise if encoded else None, pixels)
 
 
-def count_text_encoder(tokens: int, run: Run, counter: MemoryCounter) -> float:
-    """Bytes of encoding a prompt of so many tokens."""
-    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype
-    encoder = without_numbers(lambda: transformers.AutoModel.from_config(run.pipeline.text_config), dtype).eval()
-    if run.args.offload:  # each layer visits the device by itself
+@functools.cache
+def count_text_encoder(tokens: int, dtype: torch.dtype, offload: bool, pipeline: PipelineInfo) -> float:
+    """The highest number of bytes of encoding a prompt of so many tokens."""
 
-        def move(layer: torch.nn.Module, device: torch.device | str) -> None:
-            replace_tensors(layer, lambda tensor: tensor.to(device), recurse=False)
+    def move(layer: torch.nn.Module, inputs: Any, *output: Any) -> None:
+        layer.to("cpu" if output else COUNTED)
 
-        for layer in encoder.modules():
-            layer.register_forward_pre_hook(lambda layer, _: move(layer, COUNTED))
-            layer.register_forward_hook(lambda layer, *_: move(layer, "cpu"))
-    else:
-        encoder.to(COUNTED)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=COUNTED)
-    with torch.no_grad():
+    with counting() as counter, torch.no_grad():
+        encoder = FakePipeline(**vars(pipeline)).load(transformers.AutoModel, "text_encoder", dtype)
+        for layer in [module for module in encoder.modules() if not list(module.children())] if offload else []:
+            layer.register_forward_pre_hook(move)
+            layer.register_forward_hook(move)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=COUNTED)
+        encoder.to("cpu" if offload else COUNTED)
         encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
-    return counter.peak_since()
+    return counter.peak
 
 
 @torch.no_grad()
-def count_picture(transformer: ZImageTransformer2DModel, size: Size, tokens: int, run: Run) -> None:
-    """One step of drawing."""
+def draw_once(transformer: ZImageTransformer2DModel, size: Size, tokens: int, stays: bool, run: Run) -> None:
+    """One step of drawing a picture, and its decoding, for which the transformer `stays` on the device or does not."""
     batch = fake_batch(1, size, tokens, run)
     with run.accelerator.autocast():
         predict_velocity(transformer, batch.noise, batch.sigmas, batch.prompt_embeds, run.weight_dtype)
+    if not stays:
+        transformer.to("cpu")
+    load_vae(run).to(COUNTED).decode(batch.noise)
 
 
-@torch.no_grad()
-def count_vae(bucket: Size, run: Run, decodes: bool = False) -> None:
-    """Encoding or decoding a picture."""
-    vae = load_vae(run).to(COUNTED)
-    if decodes:
-        vae.decode(torch.empty(1, *run.pipeline.latent_shape(bucket), device=COUNTED))
-    else:
-        encode_images(vae, torch.empty(1, 3, *bucket, device=COUNTED), run)
-
-
-def count_training(shapes: Shapes, processes: int, run: Run, counter: MemoryCounter) -> dict[str, float]:
-    """{stage: bytes} of training and of what is done with its model, sharded over so many processes."""
-    args, stages, before = run.args, {}, counter.live
+def run_stages(shapes: Shapes, processes: int, run: Run, counter: MemoryCounter) -> Iterator[str]:
+    """One step, or one picture, of each stage but the text encoder's, sharded; yields its name at its end."""
+    args = run.args
+    if encoded := shapes.largest if args.cache_latents else shapes.held_out:
+        encode_images(load_vae(run), torch.empty(1, 3, *encoded, device=COUNTED), run)
+        yield "VAE"
+    if shapes.class_picture:
+        dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
+        drawing = load_transformer(run, dtype)
+        draw_once(drawing, shapes.class_picture, shapes.prompt, False, run)
+        del drawing
+        yield "class pictures"
     transformer = load_transformer(run)
-    frozen = counter.live - before
     # FSDP gathers a block while the one before it computes.
-    elsewhere = frozen * (1 - 1 / processes - 2 / len(transformer_blocks(transformer))) if processes > 1 else 0
+    counter.live = counter.peak = counter.live * min(1, 1 / processes + 2 / len(transformer_blocks(transformer)))
     parameters = add_lora(transformer, run)
     optimizer = build_optimizer(parameters, args, args.learning_rate)
     vae = None if args.cache_latents else load_vae(run)
@@ -3164,60 +3090,38 @@ def count_training(shapes: Shapes, processes: int, run: Run, counter: MemoryCoun
     optimizer.step()
     if not shapes.accumulates:
         optimizer.zero_grad()
-    counter.peak_since()
-    batch = fake_batch(shapes.batch, shapes.bucket, shapes.tokens, run)
+    batch = fake_batch(shapes.batch, shapes.bucket, shapes.tokens, run, encoded=args.cache_latents)
     training_loss(transformer.train(), vae, batch, args.weighting_scheme, run).backward()
-    stages["training"] = counter.peak_since()
     optimizer.zero_grad()
     del batch
+    yield "training"
     if shapes.held_out:
-        batch = fake_batch(1, shapes.held_out, shapes.tokens, run)
         with eval_mode(transformer):
-            training_loss(transformer, None, dataclasses.replace(batch, latents=batch.noise), "none", run)
-        stages["held out"] = counter.peak_since()
-        del batch
+            training_loss(transformer, None, fake_batch(1, shapes.held_out, shapes.tokens, run), "none", run)
+        yield "held out"
     if shapes.drawn:
         other = bool(args.validation_model_path)
         with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
-            counter.peak_since()
             drawing = with_same_lora(transformer, run) if other else transformer
-            count_picture(drawing, shapes.drawn, shapes.prompt, run)
-            del drawing
-            release_memory()
-            count_vae(shapes.drawn, run, decodes=True)
-            stages["pictures"] = counter.peak_since()
-    return {stage: size - max(0, elsewhere) for stage, size in stages.items()}
+            draw_once(drawing, shapes.drawn, shapes.prompt, drawing is transformer, run)
+        yield "pictures"
 
 
-def count_memory(shapes: Shapes, run: Run, training_only: bool = False) -> dict[str, float]:
+def count_memory(shapes: Shapes, run: Run) -> dict[str, float]:
     """{stage: highest number of bytes of its tensors on the device}, each stage's models being freed before the next.
 
     Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
     nor is what the allocator cannot use for want of a piece that is large enough.
     """
-    processes, run = run.accelerator.num_processes if run.sharded else 1, counted_run(run)
-    args, stages = run.args, {}
+    processes, fake = run.accelerator.num_processes if run.sharded else 1, counted_run(run)
+    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype
+    encoder = count_text_encoder(shapes.prompt, dtype, fake.args.offload, run.pipeline)
+    counted = {"text encoder": encoder / (processes if run.args.fsdp_text_encoder else 1)}
     with counting() as counter:
-        if not training_only:
-            stages["text encoder"] = count_text_encoder(shapes.prompt, run, counter)
-            stages["text encoder"] /= processes if args.fsdp_text_encoder else 1
+        for stage in run_stages(shapes, processes, fake, counter):
             release_memory()
-        encoded = shapes.largest if args.cache_latents else shapes.held_out
-        if encoded and not training_only:
-            counter.peak_since()
-            count_vae(encoded, run)
-            stages["VAE"] = counter.peak_since()
-        if shapes.class_picture and not training_only:
-            release_memory()
-            dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
-            drawing = load_transformer(run, dtype)
-            count_picture(drawing, shapes.class_picture, shapes.prompt, run)
-            del drawing
-            release_memory()
-            count_vae(shapes.class_picture, run, decodes=True)
-            stages["class pictures"] = counter.peak_since()
-        release_memory()
-        return stages | count_training(shapes, processes, run, counter)
+            counted[stage], counter.peak = counter.peak, counter.live
+    return counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3228,104 +3132,68 @@ def count_memory(shapes: Shapes, run: Run, training_only: bool = False) -> dict[
 GIB = 2**30
 CONTEXT = 0.8e9  # bytes that CUDA's context and libraries take of a card
 FRAGMENTATION = 1.08  # what the allocator takes for each byte of tensors
-LESS_MEMORY = {  # flags that take less, those first that cost least
-    "--cache_latents": {"cache_latents": True},
-    "--gradient_checkpointing": {"gradient_checkpointing": 1.0},
-    "--use_8bit_adam": {"use_8bit_adam": True},
-    "--offload": {"offload": True},
-    "--base_model_precision int8": {"base_model_precision": "int8"},
-    "--base_model_precision nf4": {"base_model_precision": "nf4"},
-    "--train_batch_size 1": {"train_batch_size": 1},
-}
+LESS_MEMORY = [  # flags that take less, those first that cost least
+    ("cache_latents", True),
+    ("gradient_checkpointing", True),
+    ("use_8bit_adam", True),
+    ("offload", True),
+    ("base_model_precision", "int8"),
+    ("base_model_precision", "nf4"),
+    ("train_batch_size", 1),
+]
 
 
-def free_bytes(run: Run) -> float:
-    """Free memory of the device, or of the card that `--plan_for` speaks of, but for what its context takes."""
+def room_for_tensors(run: Run) -> float:
+    """Bytes that tensors can have of the device's free memory, or of the card that `--plan_for` speaks of."""
+    device = run.accelerator.device
     if run.args.plan_for:
-        return run.args.plan_for * GIB - CONTEXT
-    if run.accelerator.device.type == "cuda":
-        return torch.cuda.mem_get_info(run.accelerator.device)[0] + torch.cuda.memory_reserved(run.accelerator.device)
-    return psutil.virtual_memory().available
+        free = run.args.plan_for * GIB - CONTEXT
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    else:
+        free = psutil.virtual_memory().available
+    return free / FRAGMENTATION
 
 
-def count_with(shapes: Shapes, changes: dict[str, Any], run: Run) -> float | None:
-    """Bytes of the largest stage with these flags changed; None where that cannot be had here."""
-    if run.args.optimizer != "adamw" and "use_8bit_adam" in changes:
-        return None
-    if run.args.bnb_quantization_config_path and "base_model_precision" in changes:
-        return None
-    other = dataclasses.replace(
-        run,
-        args=argparse.Namespace(**vars(run.args) | changes),
-        fraction=changes.get("gradient_checkpointing", run.fraction),
-    )
-    with contextlib.suppress(UserError, ImportError):
-        shapes = dataclasses.replace(shapes, batch=min(shapes.batch, other.args.train_batch_size))
-        return max(count_memory(shapes, other).values())
-    return None
+def suggest_flags(shapes: Shapes, run: Run) -> str:
+    """Log what the largest stage takes with each flag and, where none of them makes it fit, with several.
 
-
-def count_alternatives(shapes: Shapes, run: Run) -> dict[str, float]:
-    """{flags: bytes of the largest stage with them}: alone and, if none of these fits, one after the other."""
-    given = vars(run.args) | {"gradient_checkpointing": run.checkpointed_fraction}
-    flags = {flag: changes for flag, changes in LESS_MEMORY.items() if not changes.items() <= given.items()}
-    found = {flag: count_with(shapes, changes, run) for flag, changes in flags.items()}
-    together, changes, room = [], {}, free_bytes(run)
-    while flags and not any(size and size * FRAGMENTATION <= room for size in found.values()):
-        flag = next(iter(flags))
-        changes |= flags.pop(flag)
-        together = [other for other in together if other.split()[0] != flag.split()[0]] + [flag]
-        if len(together) > 1:
-            found[" ".join(together)] = count_with(shapes, changes, run)
-    return {flag: size for flag, size in found.items() if size}
-
-
-def would_fit(fitting: list[str], alternatives: dict[str, float]) -> str:
-    """The flags that would fit, as a sentence."""
-    if not fitting:
-        return "No flags that this program knows would fit: lower --resolution"
-    return "These would fit: " + ", ".join(f"{flag} ({alternatives[flag] / GIB:.1f} GiB)" for flag in fitting)
-
-
-def describe_memory(counted: dict[str, float], shapes: Shapes, run: Run) -> list[str]:
-    """What each stage will take, and what flags would change, as lines; where it does not fit, which of them would."""
-    at_most = {"training": " at most"} if run.compiled else {}
-    sizes = ", ".join(f"{stage}{at_most.get(stage, '')} {size / GIB:.2f}" for stage, size in counted.items())
-    lines, room = [f"Expected peak memory, GiB: {sizes}"], free_bytes(run)
-    too_large = [stage for stage, size in counted.items() if size * FRAGMENTATION > room]
-    alternatives = count_alternatives(shapes, run) if too_large or run.args.dry_run else {}
-    if too_large:
-        largest = max(too_large, key=counted.get)
-        fitting = [f for f, size in alternatives.items() if size * FRAGMENTATION <= room]
-        logger.warning(
-            f"Memory: {largest} needs {counted[largest] / GIB:.1f} GiB, and {room / GIB:.1f} are free, of which the "
-            f"allocator can use {1 / FRAGMENTATION:.0%}. " + would_fit(fitting, alternatives)
-        )
-    return lines + [f"  with {flag}: {size / GIB:.2f} at most in all" for flag, size in alternatives.items()]
+    Returns those that would fit, as a sentence.
+    """
+    args, room, fitting = run.args, room_for_tensors(run), []
+    given = vars(args) | {"gradient_checkpointing": run.checkpointed_fraction >= 1}
+    useless = {"use_8bit_adam": args.optimizer != "adamw", "base_model_precision": args.bnb_quantization_config_path}
+    alone = [{name: value} for name, value in LESS_MEMORY if given[name] != value and not useless.get(name)]
+    together = list(itertools.accumulate(alone, operator.or_))[1:]
+    for changes in itertools.chain(alone, (several for several in together if not fitting)):
+        flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changes.items())
+        other = argparse.Namespace(**vars(args) | changes)
+        fraction = changes.get("gradient_checkpointing", run.fraction)
+        with contextlib.suppress(UserError, ImportError):  # where the flag cannot be had here
+            smaller = dataclasses.replace(shapes, batch=min(shapes.batch, other.train_batch_size))
+            size = max(count_memory(smaller, dataclasses.replace(run, args=other, fraction=fraction)).values())
+            logger.info(f"  with {flags}: {size / GIB:.2f} at most in all")
+            fitting += [f"{flags} ({size / GIB:.1f} GiB)"] if size <= room else []
+    return f"These would fit: {', '.join(fitting)}" if fitting else "No flags would do: lower --resolution"
 
 
 def choose_fraction(shapes: Shapes, run: Run) -> float:
     """The smallest fraction of recomputed blocks whose training fits: what `--gradient_checkpointing auto` means."""
     blocks = run.pipeline.transformer_config["n_layers"] + 2 * run.pipeline.transformer_config["n_refiner_layers"]
-    room = free_bytes(run) / FRAGMENTATION
-
-    def fraction(number: int) -> float:
-        return min(1.0, (number + 0.01) / blocks) if number else 0.0
+    room, shapes = room_for_tensors(run), dataclasses.replace(shapes, held_out=None, drawn=None, class_picture=None)
 
     def count(number: int) -> float:
-        other = dataclasses.replace(run, fraction=fraction(number))
-        return count_memory(shapes, other, training_only=True)["training"]
+        return count_memory(shapes, dataclasses.replace(run, fraction=(number + 0.01) / blocks))["training"]
 
     number, least = 0, count(0)
     if least > room:  # memory is linear in the number of blocks, but for the last
-        most = count(blocks)
-        share = (least - room) / max(1, least - most)
+        share = (least - room) / max(1, least - count(blocks))
         number = min(blocks, math.ceil(blocks * share))
         while number < blocks and count(number) > room:
             number += 1
     number = max(gather_object([number]))  # the same in all processes
     logger.info(f"--gradient_checkpointing auto: {number} of {blocks} blocks are recomputed")
-    return fraction(number)
+    return (number + 0.01) / blocks
 
 
 @contextlib.contextmanager
@@ -3334,27 +3202,23 @@ def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | N
 
     Raises TrainingError.
     """
-    free, text = free_bytes(run), ""
+    room, cause, device = room_for_tensors(run), "", run.accelerator.device
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or isinstance(error, TrainingError):
+        if not is_out_of_memory(error):
             raise
-        text = first_line(error)
-    if text:
+        cause = first_line(error)
+    if cause:  # outside of the handler, where the error no longer holds tensors
         release_memory()
-        planned = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
-        others = ""
-        if run.accelerator.device.type == "cuda":
-            left, total = torch.cuda.mem_get_info(run.accelerator.device)
-            own = torch.cuda.memory_reserved(run.accelerator.device)
-            others = f", other processes and the context hold {(total - left - own) / GIB:.1f}"
-        alternatives = count_alternatives(shapes, run) if shapes else {}
-        fitting = [flag for flag, size in alternatives.items() if size * FRAGMENTATION <= free]
-        raise TrainingError(
-            f"out of memory in {stage}: {planned}{free / GIB:.1f} were free when it began{others} ({text}). "
-            + would_fit(fitting, alternatives)
-        )
+        text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
+        text += f"{room / GIB:.1f} were free for tensors when it began"
+        if device.type == "cuda":
+            left, total = torch.cuda.mem_get_info(device)
+            others = total - left - torch.cuda.memory_reserved(device)
+            text += f", other processes and the context hold {others / GIB:.1f}"
+        suggestion = suggest_flags(shapes, run) if shapes else "See --dry_run for what takes less"
+        raise TrainingError(f"out of memory in {stage}: {text} ({cause}). {suggestion}")
 
 
 def plan_memory(
@@ -3364,14 +3228,20 @@ def plan_memory(
 
     Returns the run with what `--gradient_checkpointing auto` chose, and a context for the stages by name.
     """
-    shapes, counted = None, {}
-    if run.args.dry_run or run.args.gradient_checkpointing == "auto" or run.accelerator.device.type != "cpu":
+    shapes, counted, automatic = None, {}, run.args.gradient_checkpointing == "auto"
+    if run.args.dry_run or automatic or run.accelerator.device.type != "cpu":
         shapes = find_shapes(examples, missing_class_images, run)
-        if run.args.gradient_checkpointing == "auto":
+        if automatic:
             run = dataclasses.replace(run, fraction=choose_fraction(shapes, run))
-        counted = count_memory(shapes, run)
-        for line in describe_memory(counted, shapes, run):
-            logger.info(line)
+        counted, room = count_memory(shapes, run), room_for_tensors(run)
+        at_most = {"training": " at most"} if run.compiled else {}
+        sizes = [f"{stage}{at_most.get(stage, '')} {size / GIB:.2f}" for stage, size in counted.items()]
+        logger.info(f"Expected peak memory, GiB: {', '.join(sizes)}")
+        stage = max(counted, key=counted.get)
+        suggestion = suggest_flags(shapes, run) if run.args.dry_run or counted[stage] > room else ""
+        if counted[stage] > room:
+            needs = f"{stage} needs {counted[stage] / GIB:.1f} GiB"
+            logger.warning(f"Memory: {needs}, tensors can have {room / GIB:.1f} of what is free. {suggestion}")
     return run, functools.partial(out_of_memory_said, counted=counted, shapes=shapes, run=run)
 
 

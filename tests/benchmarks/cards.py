@@ -37,7 +37,7 @@ def count_recipe(card, model):
     if args.gradient_checkpointing == "auto":
         run = trainer.dataclasses.replace(run, fraction=trainer.choose_fraction(shapes, run))
     counted = {stage: size / trainer.GIB for stage, size in trainer.count_memory(shapes, run).items()}
-    return args, counted, trainer.free_bytes(run) / trainer.FRAGMENTATION / trainer.GIB
+    return args, counted, trainer.room_for_tensors(run) / trainer.GIB
 
 
 def main():
