@@ -15,7 +15,7 @@ from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
 from flags import WITHOUT_EFFECT
-from running import ROOT, error_line, launch_script, run_here
+from running import GOES_ON, ROOT, error_line, launch_script, run_here
 from tiny import lora_metadata, lora_tensors, train_args
 
 
@@ -38,8 +38,9 @@ def model_without_weights(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
 def test_a_flag_without_effect_says_so_in_one_line(name, model_without_weights, photos, tmp_path):
-    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, **{name: 1}))
-    assert finished.returncode == 0, finished
+    argv = train_args(model_without_weights, photos, tmp_path / "out", **{name: 1})
+    finished = run_here(*argv, load_weights=False)
+    assert finished.returncode == GOES_ON, finished
     assert [f"--{name} has no effect" in line for line in finished.stderr.splitlines()].count(True) == 1
 
 
@@ -51,8 +52,8 @@ def test_an_attention_backend_whose_library_is_missing_is_named(model_without_we
 
 def test_the_plan_names_a_damaged_picture(model_without_weights, photos, tmp_path):
     (photos / "cat.png").write_bytes((photos / "cat.png").read_bytes()[:3000])
-    argv = train_args(model_without_weights, photos, tmp_path / "out", dry_run=True)
-    error_line(run_here(*argv), "cat.png")
+    argv = train_args(model_without_weights, photos, tmp_path / "out")
+    error_line(run_here(*argv, load_weights=False), "cat.png")
 
 
 @pytest.mark.parametrize(
@@ -345,15 +346,17 @@ def test_an_open_quote_in_an_arguments_file_is_a_mistake(tmp_path):
 
 
 def test_rounding_of_the_resolution_is_announced(model_without_weights, photos, tmp_path):
-    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=100, dry_run=True))
-    assert finished.returncode == 0, finished
+    argv = train_args(model_without_weights, photos, tmp_path / "out", resolution=100)
+    finished = run_here(*argv, load_weights=False)
+    assert finished.returncode == GOES_ON, finished
     (line,) = [line for line in finished.output.splitlines() if "rounded" in line]
     assert "--resolution" in line and "100 " in line and "96" in line
 
 
 def test_a_resolution_that_fits_is_not_announced_as_rounded(model_without_weights, photos, tmp_path):
-    finished = run_here(*train_args(model_without_weights, photos, tmp_path / "out", resolution=96, dry_run=True))
-    assert finished.returncode == 0 and "rounded" not in finished.output, finished
+    argv = train_args(model_without_weights, photos, tmp_path / "out", resolution=96)
+    finished = run_here(*argv, load_weights=False)
+    assert finished.returncode == GOES_ON and "rounded" not in finished.output, finished
 
 
 # ---------------------------------------------------------------------------------------------------------------------

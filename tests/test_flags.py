@@ -223,8 +223,8 @@ def test_tf32_is_allowed_where_it_is_asked_for(allowed, tiny_model, shared_photo
     try:
         for backend in backends:
             backend.allow_tf32 = False
-        flags = {"dry_run": True, "allow_tf32": allowed}
-        run_here(*train_args(tiny_model, shared_photos, tmp_path / "out", **flags))
+        argv = train_args(tiny_model, shared_photos, tmp_path / "out", allow_tf32=allowed)
+        run_here(*argv, load_weights=False)
         assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
     finally:
         for backend, value in zip(backends, before):

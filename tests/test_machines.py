@@ -772,18 +772,6 @@ def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model
     assert chosen == ["native"]
 
 
-def test_tf32_is_allowed_by_its_flag_alone(train):
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        train("--dry_run")
-        assert not matmul.allow_tf32
-        train("--dry_run", "--allow_tf32")
-        assert matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
-
-
 def test_the_held_out_levels_of_the_pictures_cover_the_schedule_evenly(monkeypatch):
     levels = []
     monkeypatch.setattr(
