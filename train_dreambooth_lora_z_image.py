@@ -2945,6 +2945,7 @@ def quantize_as_on_gpu(layer: torch.nn.Module, weight: torch.nn.Parameter) -> No
     else:
         data, scales, _ = bnb.functional.int8_vectorwise_quant(data.half())
         layer.state.threshold, more = 0.0, {"CB": data, "SCB": scales}  # as if there were no outliers
+    bnb.functional.name2qmap.clear()  # tables that it keeps for all to come: these are fake
     layer.weight = torch.nn.Parameter(data, requires_grad=False)
     vars(layer.weight).update(vars(weight) | more)
 

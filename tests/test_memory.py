@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import train_dreambooth_lora_z_image as trainer
+from patched_trainer import bitsandbytes_on_cpu
 from test_compile import gradients, make_batch, make_run, prepare
 from tiny import build_tiny_pipeline
 
@@ -220,6 +222,15 @@ def test_memory_is_counted_where_another_mode_is_active_and_leaves_no_trace(tiny
     with FakeTensorMode():
         assert trainer.count_memory(shapes(), run) == plain
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_is_quantized_after_its_memory_was_counted(tiny_model):
+    bitsandbytes_on_cpu()
+    run = make_run(tiny_model, "bf16", cache_latents=True, base_model_precision="nf4")
+    bitsandbytes.functional.name2qmap.clear()  # as in a new process
+    trainer.count_memory(shapes(), run)
+    layers = [m for m in trainer.load_transformer(run).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert {type(layer.weight.quant_state.absmax) for layer in layers} == {torch.Tensor}
 
 
 def test_auto_recomputes_as_few_blocks_as_fit(narrow_model, monkeypatch, caplog):
