@@ -41,7 +41,10 @@ def planned(arguments):
     """Runs the trainer in a process that may open 64 files; gives its processor seconds, and how many it decoded."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     started = time.process_time()
-    with mock.patch.object(trainer, "decode_image", wraps=trainer.decode_image) as decode:
+    with (
+        mock.patch.object(trainer, "decode_image", wraps=trainer.decode_image) as decode,
+        mock.patch.object(trainer, "count_memory", return_value={"training": 0.0}),
+    ):
         trainer.main(trainer.parse_args(arguments))
     return time.process_time() - started, decode.call_count
 
