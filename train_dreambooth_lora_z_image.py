@@ -2413,8 +2413,9 @@ def build_optimizer(parameters: list[Parameter], args: argparse.Namespace, learn
     if args.optimizer == "prodigy":
         with user_errors("--optimizer prodigy needs prodigyopt: pip install prodigyopt", ImportError):
             from prodigyopt import Prodigy
-        for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup"):
-            options[name] = getattr(args, f"prodigy_{name}")
+        options |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
+        options["use_bias_correction"] = args.prodigy_use_bias_correction
+        options["safeguard_warmup"] = args.prodigy_safeguard_warmup
         return Prodigy(parameters, **options)
     if args.use_8bit_adam:
         with user_errors("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes", ImportError):

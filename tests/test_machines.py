@@ -106,7 +106,7 @@ def break_something(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "broken", ["save_for_comfyui", "write_model_card", "draw_latents", "save_validation_images", "decode_latents"]
+    "broken", ["save_for_comfyui", "write_model_card", "draw_latents", "save_pictures", "decode_latents"]
 )
 def test_what_comes_after_the_lora_may_break(broken, train, tmp_path, monkeypatch):
     save_result = trainer.save_result
