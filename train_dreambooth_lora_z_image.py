@@ -2371,18 +2371,19 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
 
 
 @contextlib.contextmanager
-def eval_mode(transformer: ZImageTransformer2DModel) -> Iterator[None]:
-    """The transformer as it will be used: in eval mode, without `--base_adapter`; afterwards as before."""
-    helped = [module for module in transformer.modules() if "base" in getattr(module, "scaling", ())]
+def eval_mode(transformer: ZImageTransformer2DModel, *left_out: str) -> Iterator[None]:
+    """The transformer as it will be used: in eval mode, without some adapters, at least `--base_adapter`."""
+    scalings = [module.scaling for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    own = [dict(scaling) for scaling in scalings]
+    for scaling in scalings:
+        scaling.update(dict.fromkeys(scaling.keys() & {"base", *left_out}, 0.0))
     transformer.eval()
-    for layer in helped:
-        layer.scaling["base"] = 0.0
     try:
         with torch.no_grad():
             yield
     finally:
-        for layer in helped:
-            layer.scaling["base"] = 1.0  # its alpha and weight are in its matrices
+        for scaling, before in zip(scalings, own, strict=True):
+            scaling.update(before)
         transformer.train()
 
 
@@ -2628,8 +2629,7 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
     scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
     state = TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler, ema_decay=args.ema_decay)
-    if args.ema_decay:
-        state.average = [torch.zeros_like(parameter.data) for parameter in parameters]
+    state.average = [torch.zeros_like(p.data) for p in parameters] if args.ema_decay else []
     if checkpoint:
         state.load(checkpoint.path)
     if run.sharded:
@@ -2643,8 +2643,6 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation
 # ---------------------------------------------------------------------------------------------------------------------
-
-Pictures = dict[tuple[int, int], Image.Image]  # {(number of the prompt, of its picture): picture}
 
 
 def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
@@ -2669,28 +2667,30 @@ def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, s
             tracker.tracker.log_image(f"{key}/{step}.png", picture)
 
 
-def save_pictures(images: Pictures, prompts: list[Drawing], step: int, held_out: float | None, run: Run) -> list[Path]:
-    """Save pictures, with what the page says of each inside it, and send them to the trackers; returns the files."""
-    output, files = OutputFolder(run.args.output_dir), []
-    kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
-    for (prompt, number), image in images.items():
-        drawing, name = prompts[prompt], f"{kind}-{step:06d}-prompt-{prompt}-image-{number}"
+def save_pictures(
+    images: list[Image.Image], drawings: list[Drawing], kind: str, step: int, held_out: float | None, run: Run
+) -> list[dict[str, Any]]:
+    """Save pictures, with what the page says of each inside it, and send them to the trackers; returns the card's."""
+    output, number_of_each, gallery = OutputFolder(run.args.output_dir), run.args.num_validation_images, []
+    for n, (image, drawing) in enumerate(zip(images, drawings, strict=True)):
+        prompt, number = divmod(n, number_of_each)
+        name = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}"
         settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
         settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
-        seed = (run.seed if drawing.seed is None else drawing.seed) + number
         about = {"order": [step, prompt, number], "prompt": drawing.prompt, "settings": settings}
+        about |= {"seed": drawing.seed, "held_out": held_out}
         text = PngInfo()
-        text.add_itxt("validation", json.dumps(about | {"seed": seed, "held_out": held_out}, ensure_ascii=False))
+        text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
         with output.writing(f"samples/thumbnails/{name}.jpg") as part:
             ImageOps.contain(image, (256, 256)).save(part, quality=90)
         with output.writing(f"samples/{name}.png") as part:
             image.save(part, pnginfo=text)
-        files.append(output.path / f"samples/{name}.png")
-    for prompt, keys in itertools.groupby(images, operator.itemgetter(0)):
-        row = np.hstack([images[key] for key in keys])
-        for tracker in run.accelerator.trackers:
-            log_picture(tracker, prompt, prompts[prompt].prompt, row, step)
-    return files
+        gallery.append({"text": drawing.prompt, "output": {"url": f"samples/{name}.png"}})
+        if number == 0:
+            row = np.hstack(images[n : n + number_of_each])
+            for tracker in run.accelerator.trackers:
+                log_picture(tracker, prompt, drawing.prompt, row, step)
+    return gallery
 
 
 PAGE = Template("""<!DOCTYPE html>
@@ -2717,18 +2717,6 @@ $rows</table>
 """)
 
 
-def read_samples(folder: Path, last_step: int) -> list[dict[str, Any]]:
-    """What the pictures of all validations up to `last_step` say of themselves, in order."""
-    samples = []
-    for file in folder.glob("[!.]*-prompt-*.png"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
-            about = json.loads(image.info["validation"])
-            column = about["prompt"], about["settings"]
-            samples.append({"name": file.stem, "step": about["order"][0], "column": column} | about)
-    samples.sort(key=operator.itemgetter("order"))
-    return [sample for sample in samples if sample["step"] <= last_step]
-
-
 def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> None:
     """Save the first pictures of the last 20 validations as one: steps down, prompts across."""
     names = {(sample["step"], sample["column"]): sample["name"] for sample in reversed(samples)}
@@ -2743,7 +2731,13 @@ def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> N
 
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
     """Write `index.html` and `contact-sheet.png`, anew each time from what the pictures say of themselves."""
-    samples, rows = read_samples(output.path / "samples", last_step), ""
+    samples, rows = [], ""
+    for file in Path(output.path, "samples").glob("[!.]*-prompt-*.png"):
+        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
+            about = json.loads(image.info["validation"])
+            column = about["prompt"], about["settings"]
+            samples.append({"name": file.stem, "step": about["order"][0], "column": column} | about)
+    samples = sorted((s for s in samples if s["step"] <= last_step), key=operator.itemgetter("order"))
     columns = dict.fromkeys(sample["column"] for sample in samples)
     for (step, held_out), row in itertools.groupby(samples, operator.itemgetter("step", "held_out")):
         cells = dict.fromkeys(columns, "")
@@ -2797,11 +2791,8 @@ class Validation:
         self.state, self.data, self.stop, self.run = state, data, stop, run
         self.base = None  # held-out losses of the untrained model
         if "held-out" in data.plan.examples:
-            with eval_mode(state.transformer):
-                state.transformer.disable_adapters()
+            with eval_mode(state.transformer, "default"):
                 self.base = held_out_loss(state.transformer, data, run)
-                state.transformer.enable_adapters()
-            set_requires_grad(state.transformer, "base", False)
 
     def measure(self) -> float:
         """Log the held-out losses, and save the LoRA in `best/` where the flags ask for it; returns their mean."""
@@ -2825,50 +2816,52 @@ class Validation:
                 save_for_comfyui(transformer, "-best", run)
         return mean
 
-    def draw(self, prompts: list[Drawing]) -> Pictures:
-        """Draw the prompts; nothing where one cannot be drawn, for want of memory for example, or on a stop.
+    def draw(self, drawings: list[Drawing]) -> list[Image.Image]:
+        """Draw pictures; none where one cannot be drawn, for want of memory for example, or on a stop.
 
         Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the
-        moment. Picture i of a prompt has the noise of its seed plus i in `ZImagePipeline`, at every validation.
+        moment. A picture has the noise of its seed in `ZImagePipeline`, at every validation.
         """
-        run, transformer, drawn, images = self.run, self.state.transformer, {}, []
-        jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(run.args.num_validation_images)]
+        run, transformer, jobs, drawn, images = self.run, self.state.transformer, range(len(drawings)), {}, []
         drawing_run = dataclasses.replace(run, pipeline=validation_pipeline(run))
         other, at_once = bool(run.args.validation_model_path), 1 if run.sharded else run.accelerator.num_processes
         with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
             model = None
             with optional("Loading --validation_model_path"):
                 model = with_same_lora(transformer, drawing_run) if other else transformer
-            for first in with_progress(range(0, len(jobs), at_once), "pictures drawn", run.accelerator):
+            for first in with_progress(jobs[::at_once], "pictures drawn", run.accelerator):
                 if any(gather_object([self.stop.number > 0])):  # all processes stop here, between two pictures
                     break
                 turn = [] if model is None else jobs[first : first + at_once]
-                for prompt, number in turn if run.sharded else run.own_part(turn):
+                for n in turn if run.sharded else run.own_part(turn):
                     with optional("Drawing a picture"):
-                        drawing, embeds = prompts[prompt], self.data.plan.prompt_embeds
-                        seed = (run.seed if drawing.seed is None else drawing.seed) + number
-                        (drawn[prompt, number],) = draw_latents(model, drawing, [seed], embeds, drawing_run)
+                        seeds, embeds = [drawings[n].seed], self.data.plan.prompt_embeds
+                        (drawn[n],) = draw_latents(model, drawings[n], seeds, embeds, drawing_run)
             del model  # before the VAE comes
             with optional("Decoding the pictures"):
                 images = decode_latents(list(drawn.values()), run)
         release_memory()
         pictures = list(zip(drawn, images, strict=False))
-        pictures = dict(sorted(pictures if run.sharded else gather_object(pictures)))
-        return pictures if len(pictures) == len(jobs) else {}
+        pictures = dict(pictures if run.sharded else gather_object(pictures))
+        return [pictures[n] for n in jobs] if len(pictures) == len(jobs) else []
 
-    def __call__(self, final: bool = False) -> list[Path]:
-        """Validate the model as it stands; returns the files of the pictures, on the main process."""
-        prompts, files = validation_prompts(self.run.args, final), []
-        if self.run.args.ema_decay:
+    def __call__(self, final: bool = False) -> list[dict[str, Any]]:
+        """Validate the model as it stands; returns what the card shows of the pictures, on the main process."""
+        run, prompts, gallery = self.run, validation_prompts(self.run.args, final), []
+        if run.args.ema_decay:
             logger.info(f"step {self.state.step}: the weights that are validated are averaged, see --ema_decay")
+        firsts = [(drawing, run.seed if drawing.seed is None else drawing.seed) for drawing in prompts]
+        numbers = range(run.args.num_validation_images)
+        drawings = [dataclasses.replace(drawing, seed=first + n) for drawing, first in firsts for n in numbers]
         with self.state.averaged():
             held_out = self.measure() if self.base else None
-            images = self.draw(prompts) if prompts else {}
-        if images and self.run.accelerator.is_main_process:
+            images = self.draw(drawings) if drawings else []
+        if images and run.accelerator.is_main_process:
+            kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
             with optional("Saving the pictures"):
-                files = save_pictures(images, prompts, self.state.step, held_out, self.run)
+                gallery = save_pictures(images, drawings, kind, self.state.step, held_out, run)
         self.write_page()
-        return files
+        return gallery
 
     def write_page(self, end: str = "") -> None:
         """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has."""
@@ -3288,30 +3281,30 @@ def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
     return [(one, other) for one, other in pairs if one is not other]
 
 
-def describe_sources(examples: list[Example], folder: str | None) -> list[str]:
+def describe_sources(examples: list[Example], folder: str | None) -> Iterator[str]:
     """Where pictures and captions came from, and what of the folder was left out, as lines."""
     places = Counter((e.source.parent, e.repeats) for e in examples if isinstance(e.source, Path))
     origins = Counter(e.origin if isinstance(e.origin, str) else f"{e.origin.suffix.lower()} files" for e in examples)
-    lines = [f"  {n} in {place}" + f", counted {times} times" * (times > 1) for (place, times), n in places.items()]
-    lines.append("  captions: " + ", ".join(f"{n} from {origin}" for origin, n in origins.items()))
+    for (place, times), n in places.items():
+        yield f"  {n} in {place}" + f", counted {times} times" * (times > 1)
+    yield "  captions: " + ", ".join(f"{n} from {origin}" for origin, n in origins.items())
     if any(e.mask for e in examples):
-        lines.append(f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel")
+        yield f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel"
     if folder:
         files = {path for e in examples for path in (e.source, e.origin, e.mask) if isinstance(path, Path)}
         used = files.union(*(file.parents for file in files))
         listings = [list_folder(place) for place in sorted({Path(folder), *(place for place, _ in places)})]
-        left_out = [str(path.relative_to(folder)) for paths in listings for path in paths if path not in used]
-        lines += [f"  left out: {listed(left_out, 20)}"] if left_out else []
-    return lines
+        if left_out := [str(path.relative_to(folder)) for paths in listings for path in paths if path not in used]:
+            yield f"  left out: {listed(left_out, 20)}"
 
 
-def describe_pictures(examples: Examples, args: argparse.Namespace) -> list[str]:
+def describe_pictures(examples: Examples, args: argparse.Namespace) -> Iterator[str]:
     """The pictures by size, and how much they are scaled and cut, as lines."""
-    lines = []
     for kind, kind_examples in examples.items():
         pictures = list({e.name: e for e in kind_examples}.values())
-        lines.append(f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet"))
-        lines += describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind])) if pictures else []
+        yield f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet")
+        if pictures:
+            yield from describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind]))
         ratios = collections.defaultdict(list)
         for e in kind_examples:
             ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
@@ -3319,30 +3312,29 @@ def describe_pictures(examples: Examples, args: argparse.Namespace) -> list[str]
             scales = sorted(larger for _, larger in pairs)  # the picture covers its bucket
             scaled = f"scaled to {scales[0]:.0%} to {scales[-1]:.0%}"
             cut = statistics.fmean(1 - smaller / larger for smaller, larger in pairs)
-            lines.append(f"  {len(pairs)} at height {height}, width {width}: {scaled}, {cut:.0%} cut off on average")
+            yield f"  {len(pairs)} at height {height}, width {width}: {scaled}, {cut:.0%} cut off on average"
         if enlarged := [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]:
-            lines.append(f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}")
-        pairs = find_duplicates([e for e in pictures if isinstance(e.source, Path)])
-        lines += [f"  the same picture twice: {one.name} and {other.name}" for one, other in pairs]
-    return lines
+            yield f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}"
+        for one, other in find_duplicates([e for e in pictures if isinstance(e.source, Path)]):
+            yield f"  the same picture twice: {one.name} and {other.name}"
 
 
-def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> list[str]:
+def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> Iterator[str]:
     """What the run will do, as lines: pictures, steps, LoRA."""
-    args, lines = run.args, describe_pictures(examples, run.args)
+    args = run.args
+    yield from describe_pictures(examples, args)
     if missing_class_images:
-        lines.append(f"{missing_class_images} class pictures are missing and will be generated")
+        yield f"{missing_class_images} class pictures are missing and will be generated"
     drawn = [side for drawing in validation_prompts(args) for side in (drawing.width, drawing.height)]
     for side in sorted({*args.resolution, *drawn}):
         if round_size(side) != side:
-            lines.append(f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}")
+            yield f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}"
     epochs = f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
-    lines.append(f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs}")
+    yield f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs}"
     for name, paths in run.lora.targets.items():
-        lines.append(f"LoRA on {name}: {len(paths)} modules, {run.lora.rank * sum(paths.values()):,} parameters")
+        yield f"LoRA on {name}: {len(paths)} modules, {run.lora.rank * sum(paths.values()):,} parameters"
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= plan.max_train_steps:
-        lines.append(f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before its rate is reached; give less")
-    return lines
+        yield f"--lr_warmup_steps {args.lr_warmup_steps}: the run ends before its rate is reached; give less"
 
 
 # Flags that decide the mathematics of a run, by themselves.
@@ -3391,25 +3383,25 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
               "samples in all", "max_grad_norm", "mixed_precision"}  # fmt: skip
 
 
-def check_fingerprint(checkpoint: Checkpoint, current: dict[str, Any]) -> None:
-    """Say what differs from the run that is resumed. Raises UserError where the results would not be of one run."""
-    saved = checkpoint.fingerprint
+def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) -> None:
+    """Say what differs from the run that is resumed.
+
+    Raises UserError where the results would not be of one run, or the processes are about to do different things.
+    """
+    seen = digest_of((file_digest(Path(__file__)), current, checkpoint and checkpoint.step))
+    if len({*gather_object([seen])}) > 1:
+        raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
+    saved = checkpoint.fingerprint if checkpoint else current
     new = {name: value for name, value in current.items() if saved.get(name) != value}
     changes = {name: f"{name} was {saved.get(name)}, is {value}" for name, value in new.items()}
     if serious := "; ".join(text for name, text in changes.items() if name not in MAY_CHANGE):
         raise UserError(f"--resume_from_checkpoint {checkpoint.path}: take its settings or start anew. {serious}")
     for text in changes.values():
         logger.warning(f"Resuming with a change: {text}")
-    passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
-    if passed_over > 0 and "samples in all" in changes:
-        logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
-
-
-def check_same_everywhere(fingerprint: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """Whether all processes are about to do the same. Raises UserError."""
-    seen = digest_of((file_digest(Path(__file__)), fingerprint, checkpoint and checkpoint.step))
-    if len({*gather_object([seen])}) > 1:
-        raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
+    if "samples in all" in changes:
+        passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
+        if passed_over > 0:
+            logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
 def next_command(argv: list[str]) -> str:
@@ -3510,7 +3502,7 @@ def inline_code(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
-def write_model_card(repository: str, files: list[Path], run: Run) -> str:
+def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -> str:
     """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
 
     Returns its name, which is `model_card.md` where README.md is the user's.
@@ -3518,10 +3510,6 @@ def write_model_card(repository: str, files: list[Path], run: Run) -> str:
     args, output, prompts = run.args, OutputFolder(run.args.output_dir), validation_prompts(run.args, final=True)
     base, trigger = args.pretrained_model_name_or_path, args.instance_prompt or (args.caption_prefix or "").strip(" ,")
     on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
-    gallery = [
-        {"text": prompts[n // args.num_validation_images].prompt, "output": {"url": f"samples/{file.name}"}}
-        for n, file in enumerate(files)
-    ]
     data = ModelCardData(
         library_name="diffusers",
         license="apache-2.0",
@@ -3544,7 +3532,7 @@ def write_model_card(repository: str, files: list[Path], run: Run) -> str:
 
 # {repository}
 
-{"<Gallery />" if files else ""}
+{"<Gallery />" if gallery else ""}
 
 A LoRA for {f"[{base}](https://huggingface.co/{base})" if base in on_hub else inline_code(base)}, trained with \
 DreamBooth{f", the base held in {held_in}" if held_in else ""}.
@@ -3571,14 +3559,14 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
     return name
 
 
-def push_to_hub(files: list[Path], run: Run) -> None:
+def push_to_hub(gallery: list[dict[str, Any]], run: Run) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
     args, repository, card = run.args, hub_repository(run.args), "README.md"
     patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]
     try:
         api = HfApi(token=args.hub_token)
         repository = api.create_repo(repository, private=args.hub_private or None, exist_ok=True).repo_id
-        card = write_model_card(repository, files, run)  # its owner is known now
+        card = write_model_card(repository, gallery, run)  # its owner is known now
         output = OutputFolder(args.output_dir)
         own = [name for name in output.own_files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
         adding = [CommitOperationAdd(name, output.path / name) for name in own]
@@ -3594,11 +3582,11 @@ def push_to_hub(files: list[Path], run: Run) -> None:
         raise TrainingError(failed) from None
 
 
-def publish(files: list[Path], validation: Validation, run: Run) -> None:
-    """What follows when the LoRA is saved and the pictures `files` are drawn. Raises TrainingError of an upload."""
+def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> None:
+    """What follows when the LoRA is saved and the last pictures are drawn. Raises TrainingError of an upload."""
     args, plan = run.args, validation.data.plan
     with optional("The model card"):
-        write_model_card(hub_repository(args), files, run)
+        write_model_card(hub_repository(args), gallery, run)
     with optional(RUN_FILE):
         OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
     logger.info(
@@ -3608,7 +3596,7 @@ def publish(files: list[Path], validation: Validation, run: Run) -> None:
         f"  pipe({plan.examples['instance'][0].caption!r}).images[0].save('picture.png')"
     )
     if args.push_to_hub:
-        push_to_hub(files, run)
+        push_to_hub(gallery, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3705,6 +3693,8 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
     state.transformer.train()
     with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
         for step, batches in updates:
+            if data.plan.validates(state.step):  # after its checkpoint: so a resumed run begins with it
+                validation()
             loss = accumulate_gradients(state, data.vae, batches, run)
             sums = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
             loss, stopping, norm = apply_gradients(state, sums, run)
@@ -3721,8 +3711,6 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
-            if data.plan.validates(step) and step < data.plan.max_train_steps:
-                validation()
     return 0
 
 
@@ -3751,9 +3739,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("\n".join(describe_plan(examples, missing, plan, run)))
     run, watched = plan_memory(examples, missing, run)
     fingerprint = make_fingerprint(examples, missing, plan, run)
-    check_same_everywhere(fingerprint, checkpoint)
-    if checkpoint:
-        check_fingerprint(checkpoint, fingerprint)
+    check_fingerprint(checkpoint, fingerprint)
     earlier = OutputFolder(args.output_dir).record
     if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
         logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
@@ -3783,7 +3769,7 @@ def main(args: argparse.Namespace) -> None:
     data.vae = None if args.cache_latents else load_vae(run)
 
     # Training, and the result: once the LoRA is saved, nothing that comes after it may end the run in another way
-    pictures = []
+    gallery = []
     with watched("training"), StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
         validation = Validation(state, data, stop, run)
@@ -3791,8 +3777,6 @@ def main(args: argparse.Namespace) -> None:
         page = Path(args.output_dir, "samples", "index.html")
         if page.is_file():
             logger.info(f"The pictures are shown in {page}")
-        if plan.validates(state.step) and state.step < plan.max_train_steps:
-            validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
         stopped_by = train(state, validation, fingerprint, run)
         if not stopped_by:
             if accelerator.is_main_process:
@@ -3800,7 +3784,7 @@ def main(args: argparse.Namespace) -> None:
                     save_result(state.transformer, run)
             accelerator.wait_for_everyone()
             with optional("The last validation"):
-                pictures = validation(final=True)
+                gallery = validation(final=True)
     to_continue = "Stopped. To continue: the same command with --resume_from_checkpoint latest."
     validation.write_page(to_continue if stopped_by else "The run ended")
     with optional("--report_to"):
@@ -3808,7 +3792,7 @@ def main(args: argparse.Namespace) -> None:
     if stopped_by:
         logger.warning(to_continue)
     elif accelerator.is_main_process:
-        publish(pictures, validation, run)
+        publish(gallery, validation, run)
     if stopped_by or stop.number:
         sys.exit(128 + (stopped_by or stop.number))
 

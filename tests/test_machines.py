@@ -692,10 +692,10 @@ def test_another_version_of_the_script_is_noticed_before_the_first_step(monkeypa
     for version in ("this", "that"):
         monkeypatch.setattr(trainer, "file_digest", lambda path, version=version: version)
         monkeypatch.setattr(trainer, "gather_object", lambda objects: seen.extend(objects) or objects)
-        trainer.check_same_everywhere({"rank": 4}, None)
+        trainer.check_fingerprint(None, {"rank": 4})
     monkeypatch.setattr(trainer, "gather_object", lambda objects: seen)
     with pytest.raises(trainer.UserError, match="differ in .* script"):
-        trainer.check_same_everywhere({"rank": 4}, None)
+        trainer.check_fingerprint(None, {"rank": 4})
 
 
 @pytest.mark.parametrize("reason", ["[/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:5", "it broke"])

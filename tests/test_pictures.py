@@ -363,7 +363,7 @@ def test_the_plan_says_where_pictures_and_captions_came_from_and_what_was_left_o
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "folder.jpg").mkdir()
     args = trainer.parse_args(train_args("model", tmp_path, "out", instance_prompt="x"))
-    lines = trainer.describe_pictures(trainer.load_all_examples(args), args)
+    lines = list(trainer.describe_pictures(trainer.load_all_examples(args), args))
     assert lines[:4] == [
         "3 instance pictures:",
         f"  1 in {tmp_path / '3_sks cat'}, counted 3 times",

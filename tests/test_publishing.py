@@ -366,8 +366,8 @@ def required_flags(model="Tongyi-MAI/Z-Image", prompt="a photo of sks dog"):
 def write_card(out, *flags, prompt="a photo of sks dog", pictures=0, model="Tongyi-MAI/Z-Image"):
     """The text of the card of a run with these flags that drew so many pictures."""
     args = trainer.parse_args([*required_flags(model, prompt), f"--output_dir={out}", *flags])
-    files = [out / "samples" / f"{number}.png" for number in range(pictures)]
-    trainer.write_model_card(trainer.hub_repository(args), files, SimpleNamespace(args=args, lora=LORA))
+    gallery = [{"text": prompt, "output": {"url": f"samples/{number}.png"}} for number in range(pictures)]
+    trainer.write_model_card(trainer.hub_repository(args), gallery, SimpleNamespace(args=args, lora=LORA))
     return (out / "README.md").read_text(encoding="utf-8")
 
 

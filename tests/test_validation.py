@@ -176,10 +176,10 @@ def validated(tiny_model, shared_photos, held_out, tmp_path_factory):
 
     def watch(validation, final=False):
         before, step = random_states(), validation.state.step
-        files = validate(validation, final)
+        gallery = validate(validation, final)
         watched.untouched[step] = random_states() == before
         watched.validation, watched.pages[step] = validation, Page(out)
-        return files
+        return gallery
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Validation, "__call__", watch)
@@ -517,9 +517,9 @@ def draw_gallery(out, prompts, steps, size=(SIDE, SIDE)):
     )
     args.validation_prompt = [trainer.drawing_of(prompt, args) for prompt in prompts]
     run = SimpleNamespace(args=args, seed=0, accelerator=SimpleNamespace(trackers=[]))
-    images = {(prompt, 0): Image.new("RGB", size, "red") for prompt in range(len(prompts))}
+    images = [Image.new("RGB", size, "red") for _ in prompts]
     for step in steps:
-        trainer.save_pictures(images, args.validation_prompt, step, None, run)
+        trainer.save_pictures(images, args.validation_prompt, "step", step, None, run)
     trainer.write_gallery(trainer.OutputFolder(out), max(steps), "now", running=True)
 
 

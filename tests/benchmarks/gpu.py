@@ -164,7 +164,7 @@ class Measured:
         trainer.Progress.update = self.update
 
     def describe_plan(self, original, *arguments):
-        lines = original(*arguments)
+        lines = list(original(*arguments))
         found = re.search(r"memory.*training (?:at most )?([\d.]+)", "\n".join(lines))
         self.planned = float(found[1]) if found else None
         self.started = time.perf_counter()
