@@ -2546,8 +2546,7 @@ def remove_checkpoint(path: Path) -> None:
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
 
-    Its files, the manifest with their sizes and digests last, go into a folder of another name, are flushed to the
-    disk, and are renamed into place in one step. Where that fails, the earlier checkpoints stand and training goes on.
+    Where it cannot be written, the earlier ones stand and training goes on.
     """
     output_dir = Path(run.args.output_dir)
     final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.part"
@@ -3254,10 +3253,7 @@ def loggable(run: Run) -> dict[str, int | float | str]:
 
 
 def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
-    """Start the trackers of `--report_to`, or go on with the checkpoint's, so that no step stands twice in them.
-
-    None of them sees the token. Raises UserError.
-    """
+    """Start the trackers of `--report_to`, or go on with the checkpoint's; none sees the token. Raises UserError."""
     args, accelerator = run.args, run.accelerator
     if args.hub_token:  # some store the command line, and one asks the kernel for it
         sys.argv = [text.replace(args.hub_token, "***") for text in sys.argv]
@@ -3265,7 +3261,7 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     settings: dict[str, Any] = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
     if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
-        settings["tensorboard"] = {"purge_step": checkpoint.step + 1}
+        settings["tensorboard"] = {"purge_step": checkpoint.step + 1}  # or steps would stand there twice
         settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
     with user_errors(f"--report_to {args.report_to} cannot start"):
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=settings)
@@ -3457,11 +3453,8 @@ def check_folders(examples: Examples, args: argparse.Namespace) -> None:
 
 
 def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draws_class_images: bool) -> None:
-    """Make the folders that the run writes into, try them out, and clear what earlier runs left in the way.
-
-    What is tried is all that can fail hours later: the longest names, renaming, reading by mmap. Raises UserError.
-    """
-    longest_names = {
+    """Make the folders that the run writes into, and clear what earlier runs left in the way. Raises UserError."""
+    longest_names = {  # tried now with all that could fail hours later: also renaming, and reading by mmap
         "output_dir": (args.output_dir, f".checkpoint-{2**31}.part/{comfyui_file(args.output_dir)}"),
         "encoding_cache_dir": (args.encoding_cache_dir, f"{digest_of('')}.safetensors"),
         "logging_dir": (args.report_to != "none" and Path(args.output_dir, args.logging_dir), "events"),
@@ -3503,10 +3496,7 @@ def inline_code(text: str) -> str:
 
 
 def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -> str:
-    """Write `README.md` for the Hub: what the LoRA is, its trigger words, how to load it, its pictures, its flags.
-
-    Returns its name, which is `model_card.md` where README.md is the user's.
-    """
+    """Write the card for the Hub; returns its name, `model_card.md` where there is a README.md of the user's."""
     args, output, prompts = run.args, OutputFolder(run.args.output_dir), validation_prompts(run.args, final=True)
     base, trigger = args.pretrained_model_name_or_path, args.instance_prompt or (args.caption_prefix or "").strip(" ,")
     on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
@@ -3693,8 +3683,6 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
     state.transformer.train()
     with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
         for step, batches in updates:
-            if data.plan.validates(state.step):  # after its checkpoint: so a resumed run begins with it
-                validation()
             loss = accumulate_gradients(state, data.vae, batches, run)
             sums = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
             loss, stopping, norm = apply_gradients(state, sums, run)
@@ -3711,6 +3699,8 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
+            if data.plan.validates(step) and step < data.plan.max_train_steps:
+                validation()
     return 0
 
 
@@ -3777,6 +3767,8 @@ def main(args: argparse.Namespace) -> None:
         page = Path(args.output_dir, "samples", "index.html")
         if page.is_file():
             logger.info(f"The pictures are shown in {page}")
+        if plan.validates(state.step) and state.step < plan.max_train_steps:
+            validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
         stopped_by = train(state, validation, fingerprint, run)
         if not stopped_by:
             if accelerator.is_main_process:
