@@ -1455,11 +1455,7 @@ def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored:
 
 @torch.no_grad()
 def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
-    """{prompt: embedding [L, D] on the CPU}. Loads the text encoder, where that is needed, and frees it.
-
-    The chat template, the layer taken and the masking are `ZImagePipeline.encode_prompt`'s. Each prompt is encoded
-    alone and at its own length: padding is masked there, and would only cost time. Raises UserError.
-    """
+    """{prompt: embedding [L, D] on the CPU}, by `ZImagePipeline.encode_prompt`. Raises UserError."""
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
     dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
     settings = ("prompt", run.pipeline.identity["text_encoder"], args.max_sequence_length, str(dtype))
@@ -1478,17 +1474,15 @@ def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
             accelerate.cpu_offload(qwen3, device)  # each layer visits the device by itself
         else:
             qwen3.to(device)
-        pipeline = ZImagePipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=qwen3)
+        pipeline = ZImagePipeline(None, None, qwen3, tokenizer, None)
         encode = functools.partial(pipeline.encode_prompt, device=device, do_classifier_free_guidance=False)
         own, encoded = missing if args.fsdp_text_encoder else run.own_part(missing), []
         for prompt in with_progress(own, "prompts encoded", accelerator):
-            length = count_tokens(tokenizer, prompt, run)
+            length = count_tokens(tokenizer, prompt, run)  # its own: padding is masked, and would only cost time
             embed = encode([prompt], max_sequence_length=length)[0][0].to("cpu", copy=True)
             write_encoding(files[prompt], embed)
             encoded.append((prompt, embed))
         embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
-        del encode, pipeline, qwen3
-        release_memory()
     width = run.pipeline.transformer_config["cap_feat_dim"]
     assert all(embed.ndim == 2 and embed.shape[1] == width for embed in embeds.values())
     return embeds
@@ -1505,17 +1499,15 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], shifted and scaled as `ZImagePipeline` undoes it.
 
     Of pictures with a mask, [B, 4, H, W], [B, C + 1, h, w]: the mask's mean over each latent, in [0, 1], comes last.
-    One at a time, here and in decoding: a picture of 1024 px takes 4 GB.
     """
     pixels, masks = pixels.to(run.accelerator.device).split([3, pixels.shape[1] - 3], dim=1)
     with training_utils.offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.split(1)])
+        latents = torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.split(1)])  # 4 GB each at 1024 px
     assert latents.shape == (len(pixels), *run.pipeline.latent_shape(pixels.shape[2:]))
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    if masks.shape[1]:
-        means = torch.nn.functional.avg_pool2d(masks / 2 + 0.5, VAE_FACTOR)
-        latents = torch.cat([latents, means], dim=1)
-    return latents
+    if not masks.shape[1]:
+        return latents
+    return torch.cat([latents, torch.nn.functional.avg_pool2d(masks / 2 + 0.5, VAE_FACTOR)], dim=1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -1526,23 +1518,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 @torch.no_grad()
 def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is loaded for as long as it takes."""
-    vae, pictures = load_vae(run), []
-    with training_utils.offload_models(vae, device=run.accelerator.device, offload=run.args.offload):
-        while len(pictures) < len(latents):
-            one = latents[len(pictures)].to(run.accelerator.device)[None]
-            try:
-                pixels = vae.decode(one / vae.config.scaling_factor + vae.config.shift_factor).sample
-                pictures += VaeImageProcessor().postprocess(pixels)
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or vae.use_tiling:
-                    raise
-            # Outside of the handler, where the error no longer holds tensors. The tiles may just be seen
-            logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
-            vae.enable_tiling()
-            release_memory()
-    del vae
-    release_memory()
+    device, pictures = run.accelerator.device, []
+    vae = load_vae(run).to(device)
+    while len(pictures) < len(latents):
+        one = latents[len(pictures)].to(device)[None] / vae.config.scaling_factor + vae.config.shift_factor
+        try:
+            pictures += VaeImageProcessor().postprocess(vae.decode(one).sample)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or vae.use_tiling:
+                raise
+        # Outside of the handler, where the error no longer holds tensors. The tiles may just be seen
+        logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
+        vae.enable_tiling()
+        release_memory()
     return pictures
 
 
@@ -1571,8 +1560,6 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
                 write_encoding(file, latents)
             assert latents.shape[1:] == run.pipeline.latent_shape(example.bucket)[1:]
             encoded.append((number, flip, latents))
-    del vae
-    release_memory()
     return {(examples[number], flip): latents for number, flip, latents in gather_object(encoded)}
 
 
@@ -1681,13 +1668,10 @@ def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.M
 
 
 def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
-    """Have a fraction of the blocks, spread over the depth, keep only their inputs until the backward pass.
-
-    Reentrant checkpoints build no graph in the forward pass, which is faster and scatters less over the heap; FSDP's
-    hooks want that graph. With `--offload` the inputs wait in host memory.
-    """
+    """Have a fraction of the blocks, spread over the depth, keep only their inputs until the backward pass."""
     fraction, blocks = run.checkpointed_fraction, enumerate(transformer_blocks(transformer))
     recomputed = {block for n, block in blocks if int((n + 1) * fraction) > int(n * fraction)}
+    # Reentrant ones build no graph in the forward pass, which is faster; FSDP's hooks want that graph.
     options = {"use_reentrant": not run.sharded, "preserve_rng_state": run.args.lora_dropout > 0}
 
     def run_block(block: torch.nn.Module, hidden_states: Tensor, *inputs: Any) -> Tensor:
@@ -1702,24 +1686,15 @@ def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
     transformer.enable_gradient_checkpointing(run_block)
 
 
-def compile_blocks(transformer: ZImageTransformer2DModel) -> None:
-    """Compile the repeated block, not the model: that takes half a minute, and hardly any speed is lost."""
-    # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit of 8.
-    torch._dynamo.config.recompile_limit = 64
-    for block in transformer_blocks(transformer):
-        block.compile(fullgraph=True)
-
-
 def names_in_files(names: Iterable[str]) -> dict[str, list[str]]:
     """{name in a file, "_" for ".": names here} of modules or weights; the original's have q, k and v in one."""
     known = {}
     for name in names:
         original = re.sub(r"^all_|\.2-1|to_(?=out\.0)|(?<=out)\.0", "", name)
         original = re.sub(r"norm_([qk])\b", r"\1_norm", original)
-        known |= {name.replace(".", "_"): [name], original.replace(".", "_"): [name]}
-        if ".to_q" in name:
-            fused = name.replace("to_q", "qkv").replace(".", "_")
-            known[fused] = [name.replace("to_q", f"to_{projection}") for projection in "qkv"]
+        fused = [name.replace("to_q", f"to_{projection}") for projection in "qkv"] if ".to_q" in name else [name]
+        forms = {name: [name], original: [name], name.replace("to_q", "qkv"): fused}
+        known |= {form.replace(".", "_"): own for form, own in forms.items()}
     return known
 
 
@@ -1732,26 +1707,23 @@ MODEL_KINDS = {"lora_": "a LoRA, which is for --init_lora or --base_adapter", "c
 
 
 def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = None) -> State:
-    """The weights in `pipeline.transformer_file` under diffusers' names, in `dtype`; without it, on the meta device.
-
-    Raises UserError where the file holds anything but this pipeline's transformer.
-    """
+    """The weights in `transformer_file` by diffusers' names, in `dtype`, or on the meta device. Raises UserError."""
     path, header = pipeline.transformer_file, safetensors_header(pipeline.transformer_file)
-    metadata = header.pop("__metadata__", {})
+    layers = json.loads(header.pop("__metadata__", {}).get("_quantization_metadata", "{}")).get("layers", {})
     first = "noise_refiner.0.attention_norm1.weight"
     prefix = next((name.removesuffix(first) for name in header if f".{name}".endswith(f".{first}")), None)
     if prefix is None:
         kind = next(kind for part, kind in MODEL_KINDS.items() if part in " ".join(header))
         raise UserError(f"{path} is {kind}: it holds {min(header, default='nothing')}")
     names = [name for name in header if name.startswith(prefix) and not name.endswith(NO_WEIGHTS)]
-    # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
-    notes = list(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}).values())
     with safe_open(path, "pt") as file:
-        notes += [json.loads(bytes(file.get_tensor(n).tolist())) for n in header if n.endswith(".comfy_quant")]
-        formats = {note.get("format") for note in notes} | {header[name]["dtype"] for name in names}
-        if not formats <= FORMATS:
-            stored = ", ".join(map(str, formats - FORMATS))
-            raise UserError(f"{path} stores weights as {stored}: give a bf16, fp16 or fp8 file")
+        # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
+        notes = [json.loads(bytes(file.get_tensor(n).tolist())) for n in header if n.endswith(".comfy_quant")]
+        formats = {note.get("format") for note in (*layers.values(), *notes)} | {
+            header[name]["dtype"] for name in names
+        }
+        if other := ", ".join(map(str, formats - FORMATS)):
+            raise UserError(f"{path} stores weights as {other}: give a bf16, fp16 or fp8 file")
         with torch.device("meta"):
             expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
         known, state = names_in_files(expected), {}
@@ -1779,14 +1751,14 @@ def load_transformer(run: Run, dtype: torch.dtype | None = None) -> ZImageTransf
     """The frozen transformer on the device, held as the flags say or in `dtype`. Raises UserError."""
     args, device, pipeline = run.args, run.accelerator.device, run.pipeline
     precision, quantization = (None, None) if dtype else (args.base_model_precision, quantization_config(run))
-    dtype = dtype or run.weight_dtype
+    dtype, options = dtype or run.weight_dtype, {"quantization_config": quantization}
     if pipeline.transformer_file is None:
-        options = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-        transformer = pipeline.load(ZImageTransformer2DModel, "transformer", dtype=dtype, **options)
+        options |= {"dtype": dtype, "device_map": quantization and {"": device}}
+        transformer = pipeline.load(ZImageTransformer2DModel, "transformer", **options)
     else:
-        options = {"quantization_config": quantization, "device": device if quantization else None}
-        options |= {"config": pipeline.path, "subfolder": "transformer", "torch_dtype": dtype}
-        transformer = ZImageTransformer2DModel.from_single_file(read_transformer_file(pipeline, dtype), **options)
+        options |= {"config": pipeline.path, "subfolder": "transformer", "device": quantization and device}
+        state = read_transformer_file(pipeline, dtype)
+        transformer = ZImageTransformer2DModel.from_single_file(state, torch_dtype=dtype, **options)
     if precision in ("fp8", "int8"):
         quantize(transformer, precision, device)
     transformer.requires_grad_(False)
@@ -1918,8 +1890,8 @@ def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, A
         state, alphas = read_lora(file, linear)
         ranks = sorted({len(matrix) for name, matrix in state.items() if ".lora_A." in name})
         if ranks != [args.rank or ranks[0]]:
-            wanted = f"--rank {args.rank}: leave that out" if args.rank else "one for all: resize it"
-            raise UserError(f"it has rank {', '.join(map(str, ranks))}, not {wanted}")
+            given = f"--rank {args.rank}" if args.rank else "one for all"
+            raise UserError(f"it has rank {', '.join(map(str, ranks))}, not {given}: leave --rank out, or resize it")
         alpha = args.lora_alpha or statistics.mode(alphas.values())
         for module in alphas:
             state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
@@ -1929,17 +1901,12 @@ def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, A
                 targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
         lora = LoraSettings(ranks[0], alpha, targets, state, file_digest(file), base)
         if set(lora.modules) != set(alphas):
-            raise UserError(
-                f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: leave that out"
-            )
-    return lora
+            raise UserError(f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: omit that")
+        return lora
 
 
 def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.Parameter]:
-    """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters.
-
-    `--base_adapter` becomes a second one, which stays as it is.
-    """
+    """Add the adapter in float32: that of `--init_lora`, or A gaussian and B zero. Returns its parameters."""
     lora, options = run.lora, {"lora_dropout": run.args.lora_dropout, "init_lora_weights": "gaussian"}
     torch.manual_seed(run.seed)
     transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.modules, **options))
@@ -1948,7 +1915,7 @@ def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.P
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:  # to the device now, where optimizer states follow them: FSDP moves its own later
         parameter.data = parameter.data.to(run.accelerator.device, torch.float32)
-    if lora.base:
+    if lora.base:  # it becomes a second one
         transformer.load_lora_adapter(dict(lora.base), adapter_name="base", prefix=None)
         transformer.set_adapters(["default", "base"])
         set_requires_grad(transformer, "base", False)  # PEFT makes every active adapter trainable
@@ -2365,8 +2332,6 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
                 with replacing(files[number]) as part:
                     image.save(part)
             drawn.clear()
-    del transformer
-    release_memory()
     run.accelerator.wait_for_everyone()
 
 
@@ -2631,11 +2596,13 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     state.average = [torch.zeros_like(p.data) for p in parameters] if args.ema_decay else []
     if checkpoint:
         state.load(checkpoint.path)
+    if run.compiled:  # the repeated block, not the model: that takes half a minute, and hardly any speed is lost
+        # All blocks share one code object, whose variants (refiners, masks, sizes) are more than the default limit.
+        torch._dynamo.config.recompile_limit = 64
+        transformer.compile_repeated_blocks(fullgraph=True)
     if run.sharded:
         adapters = [parameter for name, parameter in transformer.named_parameters() if ".lora_" in name]
         shard((*transformer_blocks(transformer), transformer), run.accelerator, ignored=adapters)
-    if run.compiled:
-        compile_blocks(transformer)
     return state
 
 
@@ -3203,8 +3170,8 @@ def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | N
         if not is_out_of_memory(error):
             raise
         cause = first_line(error)
-    if cause:  # outside of the handler, where the error no longer holds tensors
-        release_memory()
+    release_memory()  # outside of the handler, where the error no longer holds tensors
+    if cause:
         text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
         text += f"{room / GIB:.1f} were free for tensors when it began"
         if device.type == "cuda":

@@ -42,7 +42,7 @@ def forget_compiled_code():
 
 @pytest.fixture
 def backend(monkeypatch, request):
-    """The backend that `compile_blocks` uses, of `indirect` parametrization."""
+    """The backend that blocks are compiled with, of `indirect` parametrization."""
     compile_module = torch.nn.Module.compile
 
     def compile_with(module, **options):
@@ -64,6 +64,7 @@ def make_run(model, precision="no", pictures="unused", **flags):
         num_processes=1,
         process_index=0,
         is_main_process=True,
+        scaler=None,
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
     pipeline = trainer.read_pipeline_info(args, accelerator)
@@ -74,14 +75,11 @@ def make_run(model, precision="no", pictures="unused", **flags):
 def prepare(run, compiled=False):
     """The transformer as the trainer prepares it, and its LoRA's parameters, B random so that A has a gradient too."""
     run.args.compile = compiled
-    transformer = trainer.load_transformer(run)
-    parameters = trainer.add_lora(transformer, run)
+    state = trainer.load_training_state(SimpleNamespace(learning_rate=1.0, max_train_steps=1), None, run)
     generator = torch.Generator().manual_seed(1)
-    for parameter in parameters:
+    for parameter in state.parameters:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    if compiled:
-        trainer.compile_blocks(transformer)
-    return transformer.train(), parameters
+    return state.transformer.train(), state.parameters
 
 
 def make_batch(run, bucket, tokens, seed=0, batch_size=1):
