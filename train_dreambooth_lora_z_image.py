@@ -1474,7 +1474,7 @@ def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
             accelerate.cpu_offload(qwen3, device)  # each layer visits the device by itself
         else:
             qwen3.to(device)
-        pipeline = ZImagePipeline(None, None, qwen3, tokenizer, None)
+        pipeline = ZImagePipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=qwen3)
         encode = functools.partial(pipeline.encode_prompt, device=device, do_classifier_free_guidance=False)
         own, encoded = missing if args.fsdp_text_encoder else run.own_part(missing), []
         for prompt in with_progress(own, "prompts encoded", accelerator):
@@ -1747,11 +1747,11 @@ def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = No
     return state
 
 
-def load_transformer(run: Run, dtype: torch.dtype | None = None) -> ZImageTransformer2DModel:
-    """The frozen transformer on the device, held as the flags say or in `dtype`. Raises UserError."""
+def load_transformer(run: Run, precision: str | None = None) -> ZImageTransformer2DModel:
+    """The frozen transformer on the device, held as the flags say or in `precision`. Raises UserError."""
     args, device, pipeline = run.args, run.accelerator.device, run.pipeline
-    precision, quantization = (None, None) if dtype else (args.base_model_precision, quantization_config(run))
-    dtype, options = dtype or run.weight_dtype, {"quantization_config": quantization}
+    dtype, quantization = (DTYPES[precision], None) if precision else (run.weight_dtype, quantization_config(run))
+    options = {"quantization_config": quantization}
     if pipeline.transformer_file is None:
         options |= {"dtype": dtype, "device_map": quantization and {"": device}}
         transformer = pipeline.load(ZImageTransformer2DModel, "transformer", **options)
@@ -1759,8 +1759,8 @@ def load_transformer(run: Run, dtype: torch.dtype | None = None) -> ZImageTransf
         options |= {"config": pipeline.path, "subfolder": "transformer", "device": quantization and device}
         state = read_transformer_file(pipeline, dtype)
         transformer = ZImageTransformer2DModel.from_single_file(state, torch_dtype=dtype, **options)
-    if precision in ("fp8", "int8"):
-        quantize(transformer, precision, device)
+    if not precision and args.base_model_precision in ("fp8", "int8"):
+        quantize(transformer, args.base_model_precision, device)
     transformer.requires_grad_(False)
     if not quantization and not run.sharded:  # which takes it to the device in parts
         transformer.to(device)
@@ -1928,14 +1928,12 @@ def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.P
 def save_lora(transformer: ZImageTransformer2DModel, file: Path, dtype: torch.dtype) -> State:
     """Write the LoRA as `ZImagePipeline.load_lora_weights` reads it. Returns its tensors, by the model's names."""
     config = transformer.peft_config["default"]
-    state = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    lora = {name: tensor.to("cpu", dtype) for name, tensor in get_peft_model_state_dict(transformer).items()}
     # What every version of PEFT knows; dropout is of training alone: diffusers would go on dropping when it draws.
-    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
-    settings["target_modules"] = sorted(config.target_modules)
-    ZImagePipeline.save_lora_weights(
-        file.parent, state, weight_name=file.name, transformer_lora_adapter_metadata=settings
-    )
-    return state
+    about = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
+    about["target_modules"] = sorted(config.target_modules)
+    ZImagePipeline.save_lora_weights(file.parent, lora, weight_name=file.name, transformer_lora_adapter_metadata=about)
+    return lora
 
 
 def comfyui_file(output_dir: str, suffix: str = "") -> str:
@@ -1952,8 +1950,7 @@ def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Ru
     about = {"sai_model_spec": "1.0.0", "architecture": "z-image/lora", "implementation": "diffusers"}
     about |= {"title": Path(args.output_dir).resolve().name + suffix, "resolution": f"{side}x{side}"}
     about |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-    if args.push_to_hub and args.instance_prompt:
-        about["trigger_phrase"] = args.instance_prompt
+    about |= {"trigger_phrase": args.instance_prompt} if args.push_to_hub and args.instance_prompt else {}
     metadata = {"format": "pt"} | {f"modelspec.{name}": value for name, value in about.items()}
     name = comfyui_file(args.output_dir, suffix)
     with OutputFolder(args.output_dir).writing(name) as part:
@@ -2009,8 +2006,7 @@ class MicroBatch:
 def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | None = None) -> Tensor:
     """The scheduler's noise levels, ascending in (0, 1], [1000]; with `shift`, that shift in place of its own."""
     if shift is not None:
-        config = scheduler.config | {"shift": shift, "use_dynamic_shifting": False}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler = scheduler.from_config(scheduler.config, shift=shift, use_dynamic_shifting=False)
     return scheduler.sigmas.flip(0)
 
 
@@ -2314,8 +2310,7 @@ def draw_latents(
 def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
     """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
     args, size = run.args, run.args.sample_batch_size
-    dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
-    transformer = load_transformer(run, dtype).to(run.accelerator.device)
+    transformer = load_transformer(run, args.prior_generation_precision).to(run.accelerator.device)
     Path(args.class_data_dir).mkdir(parents=True, exist_ok=True)
     files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
     free = [number for number, file in enumerate(files) if not file.exists()]
@@ -3034,8 +3029,7 @@ def run_stages(shapes: Shapes, processes: int, run: Run, counter: MemoryCounter)
         encode_images(load_vae(run), torch.empty(1, 3, *encoded, device=COUNTED), run)
         yield "VAE"
     if shapes.class_picture:
-        dtype = args.prior_generation_precision and DTYPES[args.prior_generation_precision]
-        drawing = load_transformer(run, dtype)
+        drawing = load_transformer(run, args.prior_generation_precision)
         draw_once(drawing, shapes.class_picture, shapes.prompt, False, run)
         del drawing
         yield "class pictures"
@@ -3170,7 +3164,7 @@ def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | N
         if not is_out_of_memory(error):
             raise
         cause = first_line(error)
-    release_memory()  # outside of the handler, where the error no longer holds tensors
+    release_memory()  # of the stage; outside of the handler, where the error no longer holds tensors
     if cause:
         text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
         text += f"{room / GIB:.1f} were free for tensors when it began"

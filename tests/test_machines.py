@@ -740,7 +740,7 @@ def test_processes_without_a_device_for_each_are_refused(monkeypatch):
 )
 def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(trainer, "load_transformer", lambda run, dtype: drawn.append(dtype) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(trainer, "load_transformer", lambda run, kind: drawn.append(kind) or torch.nn.Linear(1, 1))
     monkeypatch.setattr(
         trainer,
         "draw_latents",
@@ -752,11 +752,11 @@ def test_class_pictures_are_drawn_as_the_pipeline_draws(flags, expected, tmp_pat
     args = parsed(**flags, validation_num_inference_steps=8)
     run = SimpleNamespace(args=args, accelerator=accelerator, own_part=list, pipeline=None, seed=0)
     trainer.generate_class_images(1, {}, run)
-    assert drawn == [torch.float16, expected] and len([*tmp_path.iterdir()]) == 1
+    assert drawn == ["fp16", expected] and len([*tmp_path.iterdir()]) == 1
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model(dtype, tiny_model, monkeypatch):
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model(precision, tiny_model, monkeypatch):
     chosen = []
     monkeypatch.setattr(
         trainer.ZImageTransformer2DModel, "set_attention_backend", lambda model, name: chosen.append(name)
@@ -769,7 +769,7 @@ def test_the_attention_backend_holds_for_class_pictures_and_the_validation_model
     run = trainer.Run(args, accelerator, pipeline, 0, torch.float32, None)
     monkeypatch.setattr(trainer.Run, "sharded", False)
     monkeypatch.setattr(trainer.Run, "compiled", False)
-    trainer.load_transformer(run, dtype)
+    trainer.load_transformer(run, precision)
     assert chosen == ["native"]
 
 
