@@ -276,7 +276,7 @@ def test_a_finished_run_without_checkpoints_says_how_to_train_its_lora_on(warm_s
     finished = fork_trainer(
         *train_args(tiny_model, shared_photos, out, upcast_before_saving=True, **flags), check=False
     )
-    error_line(finished, f"give --init_lora {out} and another --output_dir", "--checkpointing_steps")
+    error_line(finished, f"another --output_dir and, to train its LoRA on, --init_lora {out}", "--checkpointing_steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
