@@ -390,18 +390,18 @@ def test_an_older_checkpoint_goes_only_after_the_new_one_stands(tiny_model, phot
 
 
 def count_whole_checkpoints_at_every_change(trainer):
-    save_checkpoint, rename, started = trainer.save_checkpoint, os.rename, []
+    save_checkpoint, replace, started = trainer.save_checkpoint, os.replace, []
 
     def save(*args, **kwargs):
         save_checkpoint(*args, **kwargs)
         started.append(True)
 
-    def rename_and_count(source, target, **kwargs):
-        rename(source, target, **kwargs)
-        if started:
+    def replace_and_count(source, target, **kwargs):
+        replace(source, target, **kwargs)
+        if started and Path(target).name.startswith("checkpoint-"):
             print("whole:", len(trainer.list_checkpoints(Path(target).parent)))
 
-    trainer.save_checkpoint, os.rename = save, rename_and_count
+    trainer.save_checkpoint, os.replace = save, replace_and_count
 
 
 def test_the_checkpoint_just_saved_is_never_the_one_that_the_limit_removes(
@@ -521,7 +521,7 @@ def test_a_checkpoint_is_whole_or_absent_whichever_write_fails(tiny_model, photo
     out = tmp_path / "out"
     finished = fork(train_args(tiny_model, photos, out, **SHORT), before=break_each_write)
     broken = [json.loads(line[8:]) for line in finished.output.splitlines() if line.startswith("broken: ")]
-    assert {name for name, _ in broken} >= {"mkdir", "safetensors", "open", "fsync", "rename", None}
+    assert {name for name, _ in broken} >= {"mkdir", "safetensors", "open", "fsync", "replace", None}
     for _, left in broken:
         folders = [name for name in left if name not in ("comfyui", "run.json", ".run.json.part")]
         assert folders in (["checkpoint-1"], ["checkpoint-1", "checkpoint-2"])
@@ -534,14 +534,14 @@ def test_a_checkpoint_is_whole_or_absent_whichever_write_fails(tiny_model, photo
 
 def refuse_to_remove(trainer):
     """Older checkpoints cannot be renamed, which is how they begin to be removed."""
-    rename = os.rename
+    replace = os.replace
 
     def fail(source, target, **kwargs):
         if ".removed" in str(target):
             raise OSError(errno.EROFS, "Read-only file system")
-        rename(source, target, **kwargs)
+        replace(source, target, **kwargs)
 
-    os.rename = fail
+    os.replace = fail
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tiny_model, photos, tmp_path, fork):
