@@ -22,7 +22,6 @@ split into micro-batches and processes. `main`, at the end, is the list of stage
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -60,7 +59,7 @@ import types
 import unicodedata
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from html import escape
@@ -83,16 +82,12 @@ from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcess
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, training_utils
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.utils import make_image_grid
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
-from packaging.version import Version
 from peft import LoraConfig
 from peft.functional import get_peft_model_state_dict, set_peft_model_state_dict, set_requires_grad
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -108,7 +103,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm.auto import tqdm
 
 
@@ -117,7 +111,6 @@ logger = logging.getLogger("train_dreambooth_lora_z_image")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest make a checkpoint
 MANIFEST = "manifest.json"
-CHECKPOINT = (MANIFEST, STATE_FILE, LORA_FILE)
 RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures; the first there is holds them
 CAPTION_FIELDS = ("text", "caption", "prompt", "description")  # of their rows; the first that is filled in
@@ -126,13 +119,10 @@ MASK_ENDING = "-masklabel.png"
 PICTURE_FLAGS = {"instance": "instance_data_dir", "class": "class_data_dir", "held-out": "validation_data_dir"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: Image.Transpose that makes it upright}
 FOREIGN_FORMATS = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF", "PALM"}  # Pillow alone cannot decode them
-PICTURE_FORMATS = {  # {suffix: format} of the pictures that Pillow decodes by itself
-    suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS
-}
+PICTURE_FORMATS = {end: kind for end, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS}
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 VAE_FACTOR = 8  # pixels for each side of a latent
 SIZE_MULTIPLE = 16  # that times the patch size 2
-CHECKED_SIDE = 64  # pictures are checked at this size: a JPEG is then decoded faster
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -184,10 +174,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def user_errors(what: str, *types: type[Exception]) -> Iterator[None]:
-    """Turns a library's exception, of `types` or of any type, into a UserError that begins with `what`.
-
-    Errors that are the script's own already say what to do: they pass, unless they are named in `types`.
-    """
+    """Turns exceptions (of `types`) into a UserError that begins with `what`; the script's own only if named there."""
     types = types or (Exception,)
     try:
         yield
@@ -262,10 +249,7 @@ FILE_KINDS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a pickled checkpoint", b"\
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """{tensor: {"dtype", "shape", "data_offsets"}} of a file, and its "__metadata__".
-
-    Raises UserError that says what the file is where it is something else.
-    """
+    """{tensor: {"dtype", "shape", "data_offsets"}} of a file, and its "__metadata__". Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a safetensors file")
     with open(path, "rb") as file:
@@ -396,10 +380,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """List a file, and replace it by what the body writes under the name that this yields.
-
-        Raises FileExistsError where it is the user's.
-        """
+        """Yields another name, for the body to write the file under. Raises FileExistsError where it is the user's."""
         path = self.path / name
         if not self.owns(name):
             raise FileExistsError(f"{path} is not, or no longer, as this program made it: move it away")
@@ -485,10 +466,11 @@ def build_parser() -> OneLineErrorParser:
     """The command line: every flag, in groups by topic."""
 
     def add(usage: str, text: str, **options: Any) -> None:
-        """A flag of the group: "--name METAVAR" with its help and options of argparse; with neither, a switch."""
+        """A flag of the group: "--name METAVAR" or "--name {a,b}" with help and options; with neither, a switch."""
         flag, _, metavar = usage.partition(" ")
         if metavar:
-            options["metavar"] = metavar
+            choices = metavar[1:-1].lower().split(",") if metavar.startswith("{") else None
+            options = {"metavar": metavar, "choices": choices} | options
         elif not options:
             options["action"] = "store_true"
         text += f" Default: {options['default']}." if options.get("default") not in (None, False) else ""
@@ -508,11 +490,9 @@ def build_parser() -> OneLineErrorParser:
     add("--revision NAME", "Branch, tag or commit of the model on the Hub.")
     add("--variant NAME", "Variant of the weight files, for example fp16.")
     add("--cache_dir DIR", "Where models and data sets from the Hub are downloaded to.")
-    add("--mixed_precision", "Of frozen weights and products; the LoRA stays float32. Default: accelerate's config.",
-        choices=["no", "fp16", "bf16"])
+    add("--mixed_precision {no,fp16,bf16}", "Of weights and products, not of the LoRA. Default: accelerate's config.")
     add("--do_fp8_training", "Hold the transformer in float8 and multiply in it (CUDA: compute capability 8.9).")
-    add("--base_model_precision", "Hold it in int8 (on any GPU), fp8 (--do_fp8_training), nf4 (configs/nf4.json).",
-        choices=["int8", "fp8", "nf4"])
+    add("--base_model_precision {int8,fp8,nf4}", "In int8 (on any GPU), as --do_fp8_training, or as configs/nf4.json.")
     add("--bnb_quantization_config_path JSON", "Hold it in 4 or 8 bits, by bitsandbytes: see configs/nf4.json.")
     add("--gradient_checkpointing FRACTION", "Recompute all blocks, or a fraction, or auto: as memory needs. Slower.",
         type=fraction_or_word, nargs="?", const=True, default=False)
@@ -555,7 +535,7 @@ def build_parser() -> OneLineErrorParser:
     add("--num_class_images N", "How many there must be.", type=count, default=100)
     add("--prior_loss_weight W", "Weight of their loss.", type=non_negative, default=1.0)
     add("--sample_batch_size N", "Batch size of generating them.", type=count, default=4)
-    add("--prior_generation_precision", "Default: that of training.", choices=["no", "fp32", "fp16", "bf16"])
+    add("--prior_generation_precision {no,fp32,fp16,bf16}", "Default: that of training.")
 
     group = parser.add_argument_group("LoRA")
     add("--init_lora PATH", "Start from this LoRA of any program's names: a file, a folder, or a Hub id.")
@@ -576,7 +556,7 @@ def build_parser() -> OneLineErrorParser:
     add("--lr_warmup_steps N", "Updates of warm-up.", type=whole, default=500)
     add("--lr_num_cycles N", "Restarts of cosine_with_restarts.", type=count, default=1)
     add("--lr_power P", "Power of polynomial.", type=positive, default=1.0)
-    add("--optimizer {AdamW,prodigy}", "Of the LoRA.", type=str.lower, choices=["adamw", "prodigy"], default="AdamW")
+    add("--optimizer {AdamW,prodigy}", "Of the LoRA.", type=str.lower, default="AdamW")
     add("--use_8bit_adam", "Keep AdamW's state in 8 bits (bitsandbytes).")
     add("--adam_beta1 B", "Of AdamW and Prodigy.", type=below_one, default=0.9)
     add("--adam_beta2 B", "Of AdamW and Prodigy.", type=below_one, default=0.999)
@@ -589,8 +569,8 @@ def build_parser() -> OneLineErrorParser:
     add("--prodigy_safeguard_warmup BOOL", "Keep the warm-up out of Prodigy's estimate.", **boolean)
     add("--ema_decay D", "Validate and save weights averaged over some 1 / (1 - D) updates.", type=below_one)
     add("--max_grad_norm NORM", "Gradients are clipped to it.", type=positive, default=1.0)
-    add("--weighting_scheme", "Density of timesteps, or weighting of the loss, by the SD3 paper; none: uniform.",
-        choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="none")
+    add("--weighting_scheme {none,sigma_sqrt,logit_normal,mode,cosmap}",
+        "Density of timesteps, or weighting of the loss, by the SD3 paper; none: uniform.", default="none")
     add("--logit_mean M", "Of logit_normal; above 0: more noise.", type=finite, default=0.0)
     add("--logit_std S", "Of logit_normal.", type=positive, default=1.0)
     add("--mode_scale S", "Of mode.", type=finite, default=1.29)
@@ -636,15 +616,13 @@ def build_parser() -> OneLineErrorParser:
     return parser
 
 
+# Of a resolution: buckets of about its square of pixels, in the common shapes
+bucket_ladder = functools.cache(functools.partial(training_utils.generate_aspect_ratio_buckets, divisibility=16))
+
+
 def round_size(side: float) -> int:
     """The multiple of 16 nearest to `side`, at least 16."""
     return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-
-
-@functools.cache
-def bucket_ladder(resolution: int) -> list[Size]:
-    """Buckets of about resolution² pixels in the common shapes, multiples of 16."""
-    return training_utils.generate_aspect_ratio_buckets(resolution, divisibility=SIZE_MULTIPLE)
 
 
 def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
@@ -749,10 +727,7 @@ def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[Dr
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command line (default: `sys.argv[1:]`), and read its files of prompts. Raises UserError.
-
-    Nothing changes the result afterwards.
-    """
+    """A command line (default: `sys.argv[1:]`), checked, and its files of prompts, read. Raises UserError."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         words += read_arguments(Path(os.path.expanduser(word[1:]))) if word.startswith("@") else [word]
@@ -936,7 +911,7 @@ def verify_pictures(examples: Examples) -> None:
     """Decode pictures at low quality, so that a damaged one is named before models are loaded."""
     for kind in examples:
         for example in examples[kind][:PICTURES_VERIFIED]:
-            load_picture(example, CHECKED_SIDE)
+            load_picture(example, side=64)  # a JPEG is then decoded faster
 
 
 def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
@@ -1046,15 +1021,10 @@ def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
 
 
 def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
-    """The instance, class or held-out pictures of the flags, from their headers alone. Raises UserError.
-
-    First all at the smallest `--resolution`; then, at each other one, those that need not be enlarged for it.
-    """
+    """The instance, class or held-out pictures of the flags, from their headers alone. Raises UserError."""
     flag = "dataset_name" if kind == "instance" and args.dataset_name else PICTURE_FLAGS[kind]
     prompt_flag = "--class_prompt" if kind == "class" else "--instance_prompt"
-    prompt, prefix, examples = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
-    smallest = round_size(min(args.resolution))
-    buckets = args.aspect_ratio_buckets or (None if args.use_aspect_ratio_buckets else [(smallest, smallest)])
+    prompt, prefix, pictures = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
     found = find_in_dataset(args) if flag == "dataset_name" else find_in_folder(kind, args)
     for name, source, (text, origin), mask, repeats in found:
         if not text:
@@ -1063,25 +1033,25 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
         with open_picture(name, source) as image:
             size = image.size if find_orientation(image) >= 5 else image.size[::-1]
-        bucket = assign_bucket(size, buckets, smallest)
         repeats = repeats * args.repeats if kind == "instance" else 1
         mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
-        examples.append(Example(kind, name, source, text, size, bucket, repeats, origin, mask))
-    if not examples and kind != "class":
+        pictures.append(Example(kind, name, source, text, size, size, repeats, origin, mask))
+    if not pictures and kind != "class":
         formats = ", ".join(sorted(PICTURE_FORMATS))
         raise UserError(f"--{flag} {getattr(args, flag)} holds no pictures ({formats}): put some there")
-    bare = [example.name for example in examples if example.origin == prompt_flag]
+    bare = [picture.name for picture in pictures if picture.origin == prompt_flag]
     if bare and prompt is None:
         raise UserError(f"{prompt_flag} is needed by pictures without a caption of their own: {listed(bare)}")
-    added = []
-    for side in map(round_size, sorted(args.resolution)[1:]):
-        buckets = bucket_ladder(side) if args.use_aspect_ratio_buckets else [(side, side)]
-        larger = [dataclasses.replace(e, bucket=assign_bucket(e.size, buckets, side)) for e in examples]
-        fitting = [e for e in larger if e.bucket[0] <= e.size[0] and e.bucket[1] <= e.size[1]]
-        if left_out := len(examples) - len(fitting):
+    examples, smallest = [], round_size(min(args.resolution))
+    for side in sorted(map(round_size, args.resolution)):
+        ladder = bucket_ladder(side) if side > smallest else None  # a picture is enlarged nowhere, or for the smallest
+        buckets = args.aspect_ratio_buckets or (ladder if args.use_aspect_ratio_buckets else [(side, side)])
+        placed = [dataclasses.replace(p, bucket=assign_bucket(p.size, buckets, side)) for p in pictures]
+        fitting = [e for e in placed if side == smallest or e.bucket[0] <= e.size[0] and e.bucket[1] <= e.size[1]]
+        if left_out := len(placed) - len(fitting):
             logger.info(f"--resolution {side}: {left_out} {kind} pictures are smaller and left out there")
-        added += fitting
-    return examples + added
+        examples += fitting
+    return examples
 
 
 def load_all_examples(args: argparse.Namespace) -> Examples:
@@ -1174,10 +1144,8 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     incomplete = f"{flag} is not a complete Z-Image pipeline: its"
     with user_errors(f"{incomplete} model_index.json"):
         path = local_pipeline(args, accelerator)
-    classes = {"": ZImagePipeline, "transformer": ZImageTransformer2DModel, "vae": AutoencoderKL}
-    classes["scheduler"] = FlowMatchEulerDiscreteScheduler
-    configs = {}
-    for part, cls in classes.items():
+    classes, configs = (ZImagePipeline, ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler), {}
+    for part, cls in zip(("", "transformer", "vae", "scheduler"), classes, strict=True):
         with user_errors(f"{incomplete} {part or 'model_index.json'}"):
             configs[part] = cls.load_config(path, subfolder=part)
             if configs[part]["_class_name"] != cls.__name__:
@@ -1191,17 +1159,17 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     fits = text_type.startswith("qwen") and text_config.hidden_size == transformer["cap_feat_dim"]
     if not fits or vae["latent_channels"] != transformer["in_channels"] or len(vae["block_out_channels"]) != 4:
         raise UserError(f"{flag}: its text_encoder (a {text_type}), vae and transformer do not fit together")
-    identity = {part: component_identity(path, part, args.variant) for part in ("transformer", "vae", "text_encoder")}
     file = args.transformer_path and Path(args.transformer_path)
     if file:
         with user_errors("--transformer_path", UserError):
             safetensors_header(file)
-        identity["transformer"] = component_identity(path, "transformer", args.variant, file)
+    files = {"transformer": file, "vae": None, "text_encoder": None}
+    identity = {part: component_identity(path, part, args.variant, own) for part, own in files.items()}
     lacking = [part for part, digest in identity.items() if digest is None]
     if lacking and Path(name).is_dir():
         raise UserError(f"{flag}: its {lacking[0]} has no weights")
-    largest = (round_size(max(args.resolution)),) * 2
-    sizes = [largest, *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in validation_prompts(args))]
+    side = round_size(max(args.resolution))
+    sizes = [(side, side), *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in validation_prompts(args))]
     height, width = (positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:])  # of rotary embeddings
     if any(size[0] > height or size[1] > width for size in sizes):
         flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
@@ -1523,7 +1491,7 @@ def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     while len(pictures) < len(latents):
         one = latents[len(pictures)].to(device)[None] / vae.config.scaling_factor + vae.config.shift_factor
         try:
-            pictures += VaeImageProcessor().postprocess(vae.decode(one).sample)
+            pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
             continue
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or vae.use_tiling:
@@ -1589,15 +1557,15 @@ def quantization_config(run: Run) -> diffusers.BitsAndBytesConfig | None:
         if run.sharded and not (config.load_in_4bit and config.bnb_4bit_quant_storage.is_floating_point):
             raise UserError("FSDP needs load_in_4bit and a floating bnb_4bit_quant_storage: see configs/nf4.json")
         if not run.args.plan_for:
-            DiffusersAutoQuantizer.from_config(config).validate_environment()
+            diffusers.quantizers.DiffusersAutoQuantizer.from_config(config).validate_environment()
         return config
 
 
 def check_precision(run: Run) -> None:
     """Whether the frozen weights can be held as the flags say, on this device. Raises UserError."""
     precision, device = run.args.base_model_precision, run.accelerator.device
-    torchao = importlib.util.find_spec("torchao") and importlib.metadata.version("torchao")
-    if Version(torchao) < Version("0.16") if torchao else precision in ("fp8", "int8"):
+    torchao = importlib.util.find_spec("torchao")
+    if accelerate.utils.compare_versions("torchao", "<", "0.16") if torchao else precision in ("fp8", "int8"):
         raise UserError("torchao is missing, or too old for PEFT in any case: pip install 'torchao>=0.16'")
     if precision == "int8" and run.sharded:
         raise UserError("--base_model_precision int8 cannot be sharded by FSDP: take fp8 or nf4")
@@ -1681,7 +1649,7 @@ def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda)
         with on_host if run.offloads else contextlib.nullcontext():
-            return recompute_in_backward(block, hidden_states, *inputs, **options)
+            return torch.utils.checkpoint.checkpoint(block, hidden_states, *inputs, **options)
 
     transformer.enable_gradient_checkpointing(run_block)
 
@@ -2220,7 +2188,7 @@ class TrainingData:
         not hold up the end of the program.
         """
         device, threads = self.run.accelerator.device, max(1, self.run.args.dataloader_num_workers)
-        work, ahead, sent = queue.SimpleQueue(), collections.deque(), collections.deque()
+        work, ahead, sent = queue.SimpleQueue(), deque(), deque()
 
         def read() -> None:
             for future, samples in iter(work.get, None):
@@ -2495,7 +2463,7 @@ def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint so that it is never seen half removed; files of the user's in it stay where they are."""
     removed = path.with_suffix(".removed")
     rename(path, removed)
-    for name in CHECKPOINT:
+    for name in (MANIFEST, STATE_FILE, LORA_FILE):
         (removed / name).unlink(missing_ok=True)
     if any(removed.iterdir()):
         rename(removed, path)
@@ -2687,7 +2655,7 @@ def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> N
         image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
         grid.append(ImageOps.pad(image, blank.size, color="white"))
     with output.writing("samples/contact-sheet.png") as part:
-        make_image_grid(grid, len(steps), len(columns)).save(part)
+        diffusers.utils.make_image_grid(grid, len(steps), len(columns)).save(part)
 
 
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
@@ -2914,7 +2882,7 @@ class FakePipeline(PipelineInfo):
         with _disable_current_modes(), torch.device("meta"):
             module = cls.from_config(configs[subfolder])
             if config:
-                quantizer = DiffusersAutoQuantizer.from_config(config)
+                quantizer = diffusers.quantizers.DiffusersAutoQuantizer.from_config(config)
                 quantizer.preprocess_model(module, device_map=None, keep_in_fp32_modules=[])
             torch.nn.Module.to(module, dtype)
             for layer in module.modules():
@@ -3262,7 +3230,7 @@ def describe_pictures(examples: Examples, args: argparse.Namespace) -> Iterator[
         yield f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet")
         if pictures:
             yield from describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind]))
-        ratios = collections.defaultdict(list)
+        ratios = defaultdict(list)
         for e in kind_examples:
             ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
         for (height, width), pairs in sorted(ratios.items()):
