@@ -113,8 +113,6 @@ STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures; the first there is holds them
-CAPTION_FIELDS = ("text", "caption", "prompt", "description")  # of their rows; the first that is filled in
-CAPTION_SUFFIXES = (".txt", ".caption")
 MASK_ENDING = "-masklabel.png"
 PICTURE_FLAGS = {"instance": "instance_data_dir", "class": "class_data_dir", "held-out": "validation_data_dir"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: Image.Transpose that makes it upright}
@@ -227,7 +225,7 @@ def clean_caption(caption: Any, where: str) -> str:
 def comparable(name: str) -> str:
     """A file's name as names are compared: in NFC, as a Mac's é is two characters, and its suffixes in lower case."""
     stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
-    return (comparable(stem) if suffix.lower() in CAPTION_SUFFIXES else stem) + suffix.lower()
+    return (comparable(stem) if suffix.lower() in (".txt", ".caption") else stem) + suffix.lower()
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -673,10 +671,7 @@ class Drawing:
 
 
 def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **options: Any) -> Drawing:
-    """A prompt, to be drawn as the flags say where its options do not.
-
-    With `own`, as the pipeline does by itself, unless the flags say that the model is a distilled one.
-    """
+    """A prompt, drawn by `options`, then by the flags; with `own`, as the pipeline does, but for a distilled model."""
     defaults = inspect.signature(ZImagePipeline.__call__).parameters
     steps, guidance = defaults["num_inference_steps"].default, defaults["guidance_scale"].default
     if not own or args.guidance_scale == 0 and not args.validation_model_path:
@@ -938,7 +933,7 @@ def is_picture(path: Path) -> bool:
 def read_metadata(folder: Path, column: str | None, files: Callable[[Path], dict[str, Path]]) -> dict[Path, Caption]:
     """{picture: (its caption or '', the file of it)} by the folder's METADATA file, if any. Raises UserError."""
     metadata = next((folder / name for name in METADATA if os.path.isfile(folder / name)), None)
-    captions, known, fields = {}, set(), [column] if column else CAPTION_FIELDS
+    captions, known, fields = {}, set(), [column] if column else ["text", "caption", "prompt", "description"]
     for where, row in read_rows(metadata) if metadata else []:
         name = row.get("file_name") if isinstance(row, dict) and None not in row else None  # None: cells too many
         path, parts = folder, PurePosixPath(name).parts if isinstance(name, str) else ()
