@@ -490,7 +490,7 @@ def build_parser() -> OneLineErrorParser:
     add("--cache_dir DIR", "Where models and data sets from the Hub are downloaded to.")
     add("--mixed_precision {no,fp16,bf16}", "Of weights and products, not of the LoRA. Default: accelerate's config.")
     add("--do_fp8_training", "Hold the transformer in float8 and multiply in it (CUDA: compute capability 8.9).")
-    add("--base_model_precision {int8,fp8,nf4}", "In int8 (on any GPU), as --do_fp8_training, or as configs/nf4.json.")
+    add("--base_model_precision {int8,fp8,nf4}", "Hold it in int8 (any GPU), fp8 (as above), nf4 (configs/nf4.json).")
     add("--bnb_quantization_config_path JSON", "Hold it in 4 or 8 bits, by bitsandbytes: see configs/nf4.json.")
     add("--gradient_checkpointing FRACTION", "Recompute all blocks, or a fraction, or auto: as memory needs. Slower.",
         type=fraction_or_word, nargs="?", const=True, default=False)
@@ -722,7 +722,7 @@ def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[Dr
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """A command line (default: `sys.argv[1:]`), checked, and its files of prompts, read. Raises UserError."""
+    """The flags of a command line (default: `sys.argv[1:]`), checked, files of prompts read. Raises UserError."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         words += read_arguments(Path(os.path.expanduser(word[1:]))) if word.startswith("@") else [word]
