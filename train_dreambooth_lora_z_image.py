@@ -2528,7 +2528,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     if requested is None:
         return None
     if requested != "latest":
-        with user_errors(flag, UserError):
+        with user_errors(f"{flag} {requested}", UserError):
             return read_checkpoint(Path(requested) if Path(requested).is_dir() else Path(args.output_dir, requested))
     for path in list_checkpoints(args.output_dir):
         try:
