@@ -2267,6 +2267,7 @@ def draw_latents(
             negative_prompt_embeds=negative,
             output_type="latent",
         ).images
+    assert latents.shape == (len(seeds), *shape)
     return list(latents.float().cpu())
 
 

@@ -145,7 +145,7 @@ class Measured:
         self.started = time.perf_counter()
         self.originals = {}
         for name in (
-            "describe_plan",
+            "plan_memory",
             "encode_prompts",
             "cache_latents",
             "load_training_state",
@@ -163,12 +163,12 @@ class Measured:
             setattr(trainer, name, original)
         trainer.Progress.update = self.update
 
-    def describe_plan(self, original, *arguments):
-        lines = list(original(*arguments))
-        found = re.search(r"memory.*training (?:at most )?([\d.]+)", "\n".join(lines))
-        self.planned = float(found[1]) if found else None
+    def plan_memory(self, original, *arguments):
+        run, watched = original(*arguments)
+        training = watched.keywords["counted"].get("training")  # nothing is counted for a run on the CPU
+        self.planned = training and training / 2**30
         self.started = time.perf_counter()
-        return lines
+        return run, watched
 
     def encode_prompts(self, original, prompts, run):
         generator, width = torch.Generator().manual_seed(1), run.pipeline.transformer_config["cap_feat_dim"]
