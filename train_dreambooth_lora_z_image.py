@@ -2356,7 +2356,7 @@ def build_lr_scheduler(optimizer: Optimizer, args: argparse.Namespace, max_train
 
 
 def sum_over_processes(parameters: list[Parameter], loss: Tensor, stopping: bool, accelerator: Accelerator) -> Tensor:
-    """Add up gradients and loss over the processes, in one exchange; returns [loss, how many were asked to stop].
+    """Add up gradients and loss over the processes, in one exchange; returns [loss, how many were not asked to stop].
 
     Every process holds the whole LoRA; only the frozen base is ever sharded. A wrapped model would average the
     gradients of each backward pass instead, in as many exchanges.
@@ -2364,7 +2364,7 @@ def sum_over_processes(parameters: list[Parameter], loss: Tensor, stopping: bool
     for parameter in parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
-    sums = torch.stack([loss, torch.full_like(loss, float(stopping))])
+    sums = torch.stack([loss, torch.full_like(loss, float(not stopping))])
     if accelerator.num_processes > 1:
         tensors = [*(parameter.grad for parameter in parameters), sums]
         flat = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="sum")
@@ -3582,7 +3582,8 @@ def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float
     assert sums.shape == (2,)
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
-    loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
+    loss, going_on, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
+    stopping = going_on < run.accelerator.num_processes
     if stopping and not math.isfinite(loss):
         return loss, True, norm
     if math.isfinite(loss + norm):
@@ -3595,7 +3596,7 @@ def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float
     if state.ema_decay:
         torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - state.ema_decay)
     state.step += 1
-    return loss, stopping > 0, norm
+    return loss, stopping, norm
 
 
 def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> int:

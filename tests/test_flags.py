@@ -283,7 +283,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(norm, tiny_model):
     parameter.grad = torch.tensor([3.0, 4.0])
     run.accelerator.unscale_gradients = lambda optimizer: None
     state = trainer.TrainingState(None, [parameter], optimizer, schedule, torch.amp.GradScaler(enabled=False))
-    *_, logged = trainer.apply_gradients(state, torch.zeros(2), run)
+    *_, logged = trainer.apply_gradients(state, torch.tensor([0.0, 1.0]), run)
     assert logged == pytest.approx(5.0)
     assert parameter.norm().item() == pytest.approx(min(5.0, norm), rel=1e-4)
 

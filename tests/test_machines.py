@@ -814,14 +814,13 @@ def test_fp16_is_scaled_skips_what_is_not_finite_and_keeps_its_scale_in_checkpoi
     state = make_state(tiny_model)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     state.optimizer.param_groups[0]["lr"] = 1e-3  # warmed up
-    run = SimpleNamespace(
-        args=parsed(max_grad_norm=1.0), accelerator=SimpleNamespace(unscale_gradients=state.scaler.unscale_)
-    )
+    accelerator = SimpleNamespace(unscale_gradients=state.scaler.unscale_, num_processes=1)
+    run = SimpleNamespace(args=parsed(max_grad_norm=1.0), accelerator=accelerator)
     before = [parameter.clone() for parameter in state.parameters]
     for factor in (1.0, float("inf")):
         loss = state.scaler.scale(sum(parameter.sum() for parameter in state.parameters) * factor)
         loss.backward()
-        norm = trainer.apply_gradients(state, torch.stack([loss.detach(), torch.zeros(())]), run)[2]
+        norm = trainer.apply_gradients(state, torch.stack([loss.detach(), torch.ones(())]), run)[2]
         assert math.isfinite(norm) == (factor == 1.0)
         if factor == 1.0:
             assert norm == pytest.approx(sum(p.numel() for p in state.parameters) ** 0.5)  # of the gradients unscaled
