@@ -53,7 +53,10 @@ def test_training_teaches_the_subject(trained, name):
     assert subject_score(trained(name), other) < 0.35  # the score is of this subject, not of any change
 
 
-@pytest.mark.parametrize("fault", ["velocity not negated", "time t / 1000", "no VAE shift and scale"])
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("time t / 1000", "no VAE shift and scale")]
+
+
+@pytest.mark.parametrize("fault", ["velocity not negated", *SLOW])
 def test_a_fault_is_noticed(trained, fault):
     assert not has_learned(trained(f"fault: {fault}"), "striped-ball")
 

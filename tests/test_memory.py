@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_said_with_flags_that_would(narrow_model, monkeypat
     monkeypatch.setattr(trainer, "room_for_tensors", lambda run: 1.01 * recomputed)
     monkeypatch.setattr(trainer, "find_shapes", lambda *_: shapes())
     trainer.plan_memory({}, 0, run)
-    (line,) = caplog.messages
+    (line,) = [message for message in caplog.messages if message.startswith("Memory: ")]
     assert line.startswith(f"Memory: training needs {counted['training'] / 2**30:.1f} GiB")
     assert "These would fit: " in line and "--gradient_checkpointing (" in line and "--cache_latents" not in line
 
