@@ -1233,6 +1233,11 @@ class Run:
         return self.args.offload and self.accelerator.device != torch.device("cpu")
 
     @property
+    def encoder_dtype(self) -> torch.dtype:
+        """Type of the text encoder: float16 overflows in Qwen3."""
+        return torch.bfloat16 if self.weight_dtype == torch.float16 else self.weight_dtype
+
+    @property
     def saving_dtype(self) -> torch.dtype:
         """Type of the LoRA files, apart from checkpoints."""
         return torch.float32 if self.args.upcast_before_saving else self.weight_dtype
@@ -1420,15 +1425,14 @@ def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored:
 def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
     """{prompt: embedding [L, D] on the CPU}, by `ZImagePipeline.encode_prompt`. Raises UserError."""
     args, accelerator, device = run.args, run.accelerator, run.accelerator.device
-    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype  # float16 overflows in Qwen3
-    settings = ("prompt", run.pipeline.identity["text_encoder"], args.max_sequence_length, str(dtype))
+    settings = ("prompt", run.pipeline.identity["text_encoder"], args.max_sequence_length, str(run.encoder_dtype))
     files = {prompt: encoding_file(args, *settings, prompt) for prompt in prompts}
     # One process looks into the cache for all: another run may be adding to it.
     embeds = accelerator.is_main_process and {prompt: read_encoding(file) for prompt, file in files.items()}
     embeds = broadcast_object_list([embeds])[0]
     if missing := [prompt for prompt, embed in embeds.items() if embed is None]:
         tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
-        qwen3 = run.pipeline.load(transformers.AutoModel, "text_encoder", dtype=dtype).requires_grad_(False)
+        qwen3 = run.pipeline.load(transformers.AutoModel, "text_encoder", dtype=run.encoder_dtype)
         if args.fsdp_text_encoder:
             qwen3.rotary_emb.to(device)
             # Its parts, not the whole: transformers records hidden states by the model's class, which FSDP replaces.
@@ -3033,8 +3037,7 @@ def count_memory(shapes: Shapes, run: Run) -> dict[str, float]:
     nor is what the allocator cannot use for want of a piece that is large enough.
     """
     processes, fake = run.accelerator.num_processes if run.sharded else 1, counted_run(run)
-    dtype = torch.bfloat16 if run.weight_dtype == torch.float16 else run.weight_dtype
-    encoder = count_text_encoder(shapes.prompt, dtype, fake.args.offload, run.pipeline)
+    encoder = count_text_encoder(shapes.prompt, run.encoder_dtype, fake.args.offload, run.pipeline)
     counted = {"text encoder": encoder / (processes if run.args.fsdp_text_encoder else 1)}
     with counting() as counter:
         for stage in run_stages(shapes, processes, fake, counter):
@@ -3398,6 +3401,8 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
                         save_file({"probe": torch.zeros(2**14)}, part)
                     load_file(path)
     output = OutputFolder(args.output_dir)
+    if checkpoint and checkpoint.path.resolve().parent == output.path.resolve() and not output.file.exists():
+        output.update(files={LORA_FILE: None})  # the list was removed; the checkpoint says whose folder it is
     if not output.owns(LORA_FILE):
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
@@ -3642,9 +3647,9 @@ def main(args: argparse.Namespace) -> None:
     # What is needed later, for mistakes in it to end the run before anything is loaded
     check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    for pipeline in {run.pipeline, validation_pipeline(run)}:
-        if pipeline.transformer_file:
-            read_transformer_file(pipeline)
+    for used in {pipeline, validation_pipeline(run)}:
+        if used.transformer_file:
+            read_transformer_file(used)
 
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
@@ -3732,7 +3737,9 @@ def run_command_line() -> int:
             text = str(error)
         elif is_out_of_memory(error):  # outside of the stages that say what was planned
             text += " Less memory: --gradient_checkpointing, --cache_latents, see --dry_run"
-        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        elif isinstance(error, RuntimeError) and (
+            isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        ):
             text = f"another process has ended, and says why ({text})"
         elif not isinstance(error, (OSError, SafetensorError)):  # of a disk that is full, a folder that is read-only
             raise
