@@ -22,6 +22,12 @@ from tiny import lora_metadata, lora_tensors, train_args
 REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", "--instance_prompt=a dog"]
 
 
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Memory, which takes a dry run some seconds to count, is not."""
+    monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 0.0})
+
+
 @pytest.fixture(scope="session")
 def model_without_weights(tiny_model, tmp_path_factory):
     """A pipeline folder whose weight files are empty: its configuration can be read, loading a model fails."""
@@ -364,7 +370,7 @@ def test_a_resolution_that_fits_is_not_announced_as_rounded(model_without_weight
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_says_what_becomes_of_the_pictures_and_captions(model_without_weights, photos, tmp_path):
+def test_the_plan_says_what_becomes_of_the_pictures_and_captions(model_without_weights, photos, tmp_path, uncounted):
     for path in photos.iterdir():
         if path.name not in ("astronaut.jpg", "coffee.jpg"):  # of 128 x 128 and 192 x 128
             path.unlink()
@@ -419,9 +425,9 @@ def test_the_command_after_a_dry_run_has_neither_that_flag_nor_the_token(token):
     assert trainer.next_command(["train.py", *token, "--dry"]).endswith("accelerate launch train.py")
 
 
-def test_a_dry_run_ends_with_the_command_to_type_next(model_without_weights, photos, tmp_path):
+def test_a_dry_run_ends_with_the_command_to_type_next(model_without_weights, photos, tmp_path, uncounted):
     argv = train_args(model_without_weights, photos, tmp_path / "out", dry_run=True, hub_token="secret")
-    last = launch_script(*argv).stderr.splitlines()[-1]
+    last = run_here(*argv).stderr.splitlines()[-1]
     assert "accelerate launch" in last and f"--output_dir={tmp_path / 'out'}" in last
     assert "--dry_run" not in last and "secret" not in last
 

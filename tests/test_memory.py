@@ -268,12 +268,14 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas"])
-def test_a_stage_that_runs_out_of_memory_says_what_was_planned(error, tiny_model):
+def test_a_stage_that_runs_out_of_memory_says_what_was_planned_and_what_would_fit(error, tiny_model, monkeypatch):
     run = make_run(tiny_model, cache_latents=True)
+    monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 2.0**29})
+    line = (
+        r"^out of memory in training: 3.0 GiB were planned, [\d.]+ were free .*fit: --gradient_checkpointing \(0.5 GiB"
+    )
     with (
-        pytest.raises(
-            trainer.TrainingError, match=r"^out of memory in training: 3.0 GiB were planned, [\d.]+ were free"
-        ),
+        pytest.raises(trainer.TrainingError, match=line),
         trainer.out_of_memory_said("training", {"training": 3 * 2**30}, shapes(), run),
     ):
         raise error
@@ -307,3 +309,5 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles_once(error, tiny_model,
 def test_a_plan_for_a_card_that_is_not_here_is_a_dry_run(tiny_model):
     with pytest.raises(trainer.UserError, match="--dry_run"):
         make_run(tiny_model, plan_for=8)
+    rooms = [trainer.room_for_tensors(make_run(tiny_model, plan_for=size, dry_run=True)) for size in (8, 24)]
+    assert rooms[1] - rooms[0] == pytest.approx(16 * trainer.GIB / trainer.FRAGMENTATION)

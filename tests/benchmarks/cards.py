@@ -18,7 +18,7 @@ import train_dreambooth_lora_z_image as trainer  # noqa: E402
 
 
 def count_recipe(card, model):
-    """({stage: GiB}, GiB that tensors can take, blocks that are recomputed) of a card's recipe."""
+    """(arguments, {stage: GiB}, GiB that tensors can take) of a card's recipe."""
     flags = {
         "pretrained_model_name_or_path": model,
         "instance_data_dir": "unused",
