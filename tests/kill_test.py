@@ -2,6 +2,7 @@
 
     python tests/kill_test.py --kills 50            # prints kills, resumes, bit-identical or not; exit status 1 if not
     python tests/kill_test.py --kills 5 --seed 7
+    python tests/kill_test.py --init_lora --no_fsync --do_fp8_training  # what it does not know goes to the trainer
 
 A round is one run of the trainer with everything random switched on. Its process is killed with SIGKILL while it
 starts, trains or writes a checkpoint, and started again with `--resume_from_checkpoint latest`, until it ends by
@@ -10,6 +11,8 @@ costs a second or two and not ten.
 """
 
 import argparse
+import errno
+import os
 import random
 import shutil
 import signal
@@ -130,11 +133,20 @@ def kill_again_and_again(kills, seed, folder, argv, report=lambda line: None):
     return killed, resumes, results
 
 
+def refuse_fsync(descriptor):
+    """`os.fsync` as some network mounts answer it."""
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--init_lora", action="store_true", help="the runs start from a LoRA")
+    parser.add_argument("--no_fsync", action="store_true", help="as on a file system that refuses it")
+    args, more = parser.parse_known_args()
+    if args.no_fsync:
+        os.fsync = refuse_fsync
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -142,8 +154,13 @@ def main():
         write_captions(photos)
         classes = class_pictures(photos, folder / "classes")
 
+        if args.init_lora:
+            more.append(f"--init_lora={folder / 'warm'}")
+            warm = TrainerProcess(train_args(model, photos, folder / "warm", learning_rate=0.01), folder / "log.txt")
+            assert warm.finish().returncode == 0, (folder / "log.txt").read_text()
+
         def argv(out):
-            return everything(model, photos, classes, out, max_train_steps=12, checkpointing_steps=2)
+            return [*everything(model, photos, classes, out, max_train_steps=12, checkpointing_steps=2), *more]
 
         killed, resumes, results = kill_again_and_again(args.kills, args.seed, folder, argv, print)
     moments = ", ".join(f"{killed[moment]} {moment}" for moment in MOMENTS)
