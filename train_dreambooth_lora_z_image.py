@@ -79,7 +79,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcessGroupKwargs
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, training_utils
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
@@ -90,9 +90,8 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.functional import get_peft_model_state_dict, set_peft_model_state_dict, set_requires_grad
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -1887,7 +1886,7 @@ def add_lora(transformer: ZImageTransformer2DModel, run: Run) -> list[torch.nn.P
         transformer.set_adapters(["default", "base"])
         set_requires_grad(transformer, "base", False)  # PEFT makes every active adapter trainable
     for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # or PEFT would cast its input to float32, and autocast back
     return parameters
 
@@ -2254,24 +2253,24 @@ def draw_latents(
     transformer: ZImageTransformer2DModel, drawing: Drawing, seeds: list[int], embeds: dict[str, Tensor], run: Run
 ) -> list[Tensor]:
     """Latents [C, h, w] on the CPU of pictures of a prompt, from the noise of each seed, the same on every device."""
-    device, prompts = run.accelerator.device, (drawing.prompt, drawing.negative_prompt)
+    device, (height, width) = run.accelerator.device, drawing.size
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(scheduler, None, None, None, OnePromptAtATime(transformer))
     pipeline.set_progress_bar_config(disable=True)
-    embed, negative = ([embeds[prompt].to(device, transformer.dtype)] * len(seeds) for prompt in prompts)
-    shape, generators = run.pipeline.latent_shape(drawing.size), [torch.Generator().manual_seed(s) for s in seeds]
+    prompts = (embeds[prompt].to(device, transformer.dtype) for prompt in (drawing.prompt, drawing.negative_prompt))
+    embed, negative = ([prompt] * len(seeds) for prompt in prompts)
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
         latents = pipeline(
-            height=drawing.size[0],
-            width=drawing.size[1],
+            height=height,
+            width=width,
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance,
-            latents=torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             prompt_embeds=embed,
             negative_prompt_embeds=negative,
             output_type="latent",
         ).images
-    assert latents.shape == (len(seeds), *shape)
+    assert latents.shape == (len(seeds), *run.pipeline.latent_shape(drawing.size))
     return list(latents.float().cpu())
 
 
@@ -2283,43 +2282,35 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
     free = [number for number, file in enumerate(files) if not file.exists()]
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
-    own, drawn, drawing = run.own_part(free[:missing]), {}, drawing_of(args.class_prompt, args, own=True)
+    own, drawing = run.own_part(free[:missing]), drawing_of(args.class_prompt, args, own=True)
     for first in with_progress(range(0, len(own), size), "batches of class pictures", run.accelerator):
         numbers = own[first : first + size]
         seeds = [digest_number(run.seed, "class image", number) for number in numbers]
-        drawn |= zip(numbers, draw_latents(transformer, drawing, seeds, prompt_embeds, run), strict=True)
-        if len(drawn) >= 16 or first + size >= len(own):  # transformer and VAE are on the device by turns
-            with training_utils.offload_models(transformer, device="cpu"):
-                images = decode_latents(list(drawn.values()), run)
-            for number, image in zip(drawn, images, strict=True):
-                with replacing(files[number]) as part:
-                    image.save(part)
-            drawn.clear()
+        latents = draw_latents(transformer, drawing, seeds, prompt_embeds, run)
+        with training_utils.offload_models(transformer, device="cpu"):  # while the VAE is on the device
+            images = decode_latents(latents, run)
+        for number, image in zip(numbers, images, strict=True):
+            with replacing(files[number]) as part:
+                image.save(part)
     run.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
 def eval_mode(transformer: ZImageTransformer2DModel, *left_out: str) -> Iterator[None]:
     """The transformer as it will be used: in eval mode, without some adapters, at least `--base_adapter`."""
-    scalings = [module.scaling for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    own = [dict(scaling) for scaling in scalings]
-    for scaling in scalings:
-        scaling.update(dict.fromkeys(scaling.keys() & {"base", *left_out}, 0.0))
-    transformer.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for scaling, before in zip(scalings, own, strict=True):
-            scaling.update(before)
-        transformer.train()
+    with contextlib.ExitStack() as restored, torch.no_grad():
+        for module in transformer.modules():
+            for adapter in ("base", *left_out) if isinstance(module, LoraLayer) else ():
+                module.set_scale(adapter, 0)  # it passes over an adapter that it lacks
+                restored.callback(module.set_scale, adapter, 1)
+        restored.callback(transformer.train)
+        transformer.eval()
+        yield
 
 
 def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTransformer2DModel:
     """The transformer of `run.pipeline`, for pictures, with the LoRA of the one in training."""
-    drawing = load_transformer(run)
-    if run.sharded:  # it waits on the host: the adapter goes where it is
-        drawing.to(run.accelerator.device)
+    drawing = load_transformer(run).to(run.accelerator.device)  # where FSDP does not take it
     with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
         drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
     set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
@@ -2574,51 +2565,33 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def log_picture(tracker: GeneralTracker, prompt: int, text: str, picture: Any, step: int) -> None:
-    """Send a picture [H, W, 3] of a prompt to a tracker, in the way in which it takes pictures."""
-    key = f"validation/prompt-{prompt}"  # some make a file's name of it
-    label = f"validation/{prompt}: {text[:60]}"
-    match tracker.name:
-        case "tensorboard":
-            tracker.log_images({label: picture}, step=step, dataformats="HWC")
-        case "clearml":
-            tracker.log_images({label: picture}, step=step)
-        case "aim":
-            tracker.log_images({key: (picture, text)}, step=step)
-        case "wandb" | "swanlab" | "trackio":
-            image = importlib.import_module(tracker.name).Image
-            tracker.log({key: image(picture, caption=text)}, step=step)
-        case "comet_ml":
-            tracker.tracker.log_image(picture, name=label, step=step)
-        case "mlflow":
-            importlib.import_module("mlflow").log_image(picture, key=key, step=step)
-        case "dvclive":
-            tracker.tracker.log_image(f"{key}/{step}.png", picture)
-
-
 def save_pictures(
     images: list[Image.Image], drawings: list[Drawing], kind: str, step: int, held_out: float | None, run: Run
 ) -> list[dict[str, Any]]:
-    """Save pictures, with what the page says of each inside it, and send them to the trackers; returns the card's."""
+    """Save pictures, note for the page what it says of each, and send them to the trackers; returns the card's."""
     output, number_of_each, gallery = OutputFolder(run.args.output_dir), run.args.num_validation_images, []
+    row = f"step&nbsp;{step}" + ("" if held_out is None else f"<br>held-out loss&nbsp;{held_out:.4f}")
     for n, (image, drawing) in enumerate(zip(images, drawings, strict=True)):
         prompt, number = divmod(n, number_of_each)
         name = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}"
-        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
-        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
-        about = {"order": [step, prompt, number], "prompt": drawing.prompt, "settings": settings}
-        about |= {"seed": drawing.seed, "held_out": held_out}
-        text = PngInfo()
-        text.add_itxt("validation", json.dumps(about, ensure_ascii=False))
         with output.writing(f"samples/thumbnails/{name}.jpg") as part:
             ImageOps.contain(image, (256, 256)).save(part, quality=90)
         with output.writing(f"samples/{name}.png") as part:
-            image.save(part, pnginfo=text)
+            image.save(part)
+        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
+        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
+        column = f'<p dir="auto">{escape(drawing.prompt)}</p><small>{escape(settings)}</small>'
+        link = f'<a href="{name}.png"><img src="thumbnails/{name}.jpg" alt=""><small>seed {drawing.seed}</small></a>'
+        shown = {"order": [step, prompt, number], "row": row, "column": column, "link": link}
+        output.update(pictures=output.record.get("pictures", {}) | {name: shown})
         gallery.append({"text": drawing.prompt, "output": {"url": f"samples/{name}.png"}})
         if number == 0:
-            row = np.hstack(images[n : n + number_of_each])
+            picture = np.hstack(images[n : n + number_of_each])
             for tracker in run.accelerator.trackers:
-                log_picture(tracker, prompt, drawing.prompt, row, step)
+                options = {"dataformats": "HWC"} if tracker.name == "tensorboard" else {}
+                value = [picture] if tracker.name in ("wandb", "swanlab") else picture
+                if hasattr(tracker, "log_images"):  # not all of accelerate's have it
+                    tracker.log_images({f"validation/prompt-{prompt}": value}, step=step, **options)
     return gallery
 
 
@@ -2646,55 +2619,42 @@ $rows</table>
 """)
 
 
-def save_contact_sheet(samples: list[dict[str, Any]], output: OutputFolder) -> None:
-    """Save the first pictures of the last 20 validations as one: steps down, prompts across."""
-    names = {(sample["step"], sample["column"]): sample["name"] for sample in reversed(samples)}
-    steps, columns, grid = sorted({step for step, _ in names})[-20:], dict.fromkeys(s["column"] for s in samples), []
-    for key in itertools.product(steps, columns):
-        blank = Image.new("RGB", (256, 256), "white")
-        image = Image.open(output.path / f"samples/thumbnails/{names[key]}.jpg") if key in names else blank
-        grid.append(ImageOps.pad(image, blank.size, color="white"))
-    with output.writing("samples/contact-sheet.png") as part:
-        diffusers.utils.make_image_grid(grid, len(steps), len(columns)).save(part)
-
-
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
-    """Write `index.html` and `contact-sheet.png`, anew each time from what the pictures say of themselves."""
-    samples, rows = [], ""
-    for file in Path(output.path, "samples").glob("[!.]*-prompt-*.png"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError, KeyError), Image.open(file) as image:
-            about = json.loads(image.info["validation"])
-            column = about["prompt"], about["settings"]
-            samples.append({"name": file.stem, "step": about["order"][0], "column": column} | about)
-    samples = sorted((s for s in samples if s["step"] <= last_step), key=operator.itemgetter("order"))
-    columns = dict.fromkeys(sample["column"] for sample in samples)
-    for (step, held_out), row in itertools.groupby(samples, operator.itemgetter("step", "held_out")):
+    """Write `index.html` and, of the last 20 validations, `contact-sheet.png`: steps down, prompts across."""
+    pictures = output.record.get("pictures", {}).items()
+    pictures = sorted((p["order"], name, p) for name, p in pictures if p["order"][0] <= last_step)
+    columns, rows, firsts = dict.fromkeys(picture["column"] for *_, picture in pictures), "", {}
+    for row, shown in itertools.groupby(pictures, lambda entry: entry[2]["row"]):
         cells = dict.fromkeys(columns, "")
-        for sample in row:
-            picture = f'<img src="thumbnails/{sample["name"]}.jpg" alt=""><small>seed {sample["seed"]}</small>'
-            cells[sample["column"]] += f'<a href="{sample["name"]}.png">{picture}</a>'
-        loss = "" if held_out is None else f"<br>held-out loss&nbsp;{held_out:.4f}"
-        pictures = "".join(f"<td><div>{cell}</div></td>" for cell in cells.values())
-        rows += f"<tr><th>step&nbsp;{step}{loss}</th>{pictures}</tr>\n"
+        for _, name, picture in shown:
+            cells[picture["column"]] += picture["link"]
+            if name.startswith("step"):  # by --validation_prompt
+                firsts.setdefault((row, picture["column"]), name)
+        rows += f"<tr><th>{row}</th>" + "".join(f"<td><div>{cell}</div></td>" for cell in cells.values()) + "</tr>\n"
     page = PAGE.substitute(
         title=escape(output.path.absolute().name),
         status=status,
         refresh='<meta http-equiv="refresh" content="30">' if running else "",
-        heads="".join(f'<th><p dir="auto">{escape(a)}</p><small>{escape(b)}</small></th>' for a, b in columns),
+        heads="".join(f"<th>{column}</th>" for column in columns),
         rows=rows,
     )
     with output.writing("samples/index.html") as part:
         part.write_text(page, encoding="utf-8")
-    if tracked := [sample for sample in samples if sample["name"].startswith("step")]:  # by --validation_prompt
-        save_contact_sheet(tracked, output)
+    if firsts:
+        steps, prompts = (list(dict.fromkeys(keys)) for keys in zip(*firsts, strict=True))
+        grid, steps, blank = [], steps[-20:], Image.new("RGB", (256, 256), "white")
+        for key in itertools.product(steps, prompts):
+            image = Image.open(output.path / f"samples/thumbnails/{firsts[key]}.jpg") if key in firsts else blank
+            grid.append(ImageOps.pad(image, blank.size, color="white"))
+        with output.writing("samples/contact-sheet.png") as part:
+            diffusers.utils.make_image_grid(grid, len(steps), len(prompts)).save(part)
 
 
 HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
-BANDS = {"": range(12), "_low": range(4), "_middle": range(4, 8), "_high": range(8, 12)}  # of them, as they are logged
 
 
-def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> dict[str, float]:
-    """The flow-matching loss on the held-out pictures: {band: mean}.
+def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> float:
+    """The mean flow-matching loss on the held-out pictures.
 
     Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
     a little by k, so that the pictures together cover the schedule evenly.
@@ -2708,9 +2668,8 @@ def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run
         noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
         embeds = [data.plan.prompt_embeds[examples[k].caption]]
         batch = MicroBatch(noise, sigmas, torch.ones(1), embeds, latents).to(run.accelerator.device)
-        losses.append((j, training_loss(transformer, None, batch, "none", run).item()))
-    losses = losses if run.sharded else gather_object(losses)
-    return {name: statistics.fmean(loss for j, loss in losses if j in band) for name, band in BANDS.items()}
+        losses.append(training_loss(transformer, None, batch, "none", run).item())
+    return statistics.fmean(losses if run.sharded else gather_object(losses))
 
 
 class Validation:
@@ -2718,32 +2677,27 @@ class Validation:
 
     def __init__(self, state: TrainingState, data: TrainingData, stop: StopSignal, run: Run) -> None:
         self.state, self.data, self.stop, self.run = state, data, stop, run
-        self.base = None  # held-out losses of the untrained model
         if "held-out" in data.plan.examples:
             with eval_mode(state.transformer, "default"):
-                self.base = held_out_loss(state.transformer, data, run)
+                self.base = held_out_loss(state.transformer, data, run)  # of the untrained model
 
     def measure(self) -> float:
-        """Log the held-out losses, and save the LoRA in `best/` where the flags ask for it; returns their mean."""
+        """Log the held-out loss, and save the LoRA in `best/` where the flags ask for it."""
         run, step, transformer = self.run, self.state.step, self.state.transformer
         with eval_mode(transformer):
-            losses = held_out_loss(transformer, self.data, run)
-        metrics = {f"held_out_loss{band}": loss for band, loss in losses.items()}
-        metrics |= {f"held_out_loss_base{band}": loss for band, loss in self.base.items()}
+            loss = held_out_loss(transformer, self.data, run)
         with optional("--report_to"):
-            run.accelerator.log(metrics, step=step)
-        mean, base = losses[""], self.base[""]
-        self.state.held_out.append([mean, step])
+            run.accelerator.log({"held_out_loss": loss, "held_out_loss_base": self.base}, step=step)
+        self.state.held_out.append([loss, step])
         lowest, best = min(self.state.held_out)
-        logger.info(
-            f"step {step}: held-out loss {mean:.4f} (base model {base:.4f}; lowest {lowest:.4f}, at step {best})"
-        )
+        others = f"base model {self.base:.4f}; lowest {lowest:.4f}, at step {best}"
+        logger.info(f"step {step}: held-out loss {loss:.4f} ({others})")
         if run.args.save_best and run.accelerator.is_main_process and best == step:
             with optional("best/"):
                 with OutputFolder(run.args.output_dir).writing(f"best/{LORA_FILE}") as part:
                     save_lora(transformer, part, run.saving_dtype)
                 save_for_comfyui(transformer, "-best", run)
-        return mean
+        return loss
 
     def draw(self, drawings: list[Drawing]) -> list[Image.Image]:
         """Draw pictures; none where one cannot be drawn, for want of memory for example, or on a stop.
@@ -2751,21 +2705,23 @@ class Validation:
         Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the
         moment. A picture has the noise of its seed in `ZImagePipeline`, at every validation.
         """
-        run, transformer, jobs, drawn, images = self.run, self.state.transformer, range(len(drawings)), {}, []
-        drawing_run = dataclasses.replace(run, pipeline=validation_pipeline(run))
-        other, at_once = bool(run.args.validation_model_path), 1 if run.sharded else run.accelerator.num_processes
-        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
-            model = None
-            with optional("Loading --validation_model_path"):
-                model = with_same_lora(transformer, drawing_run) if other else transformer
+        run, transformer, embeds = self.run, self.state.transformer, self.data.plan.prompt_embeds
+        drawing_run, other = (
+            dataclasses.replace(run, pipeline=validation_pipeline(run)),
+            run.args.validation_model_path,
+        )
+        jobs, drawn, images = range(len(drawings)), {}, []
+        at_once = 1 if run.sharded else run.accelerator.num_processes
+        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=bool(other)):
+            model = None if other else transformer
             for first in with_progress(jobs[::at_once], "pictures drawn", run.accelerator):
                 if any(gather_object([self.stop.number > 0])):  # all processes stop here, between two pictures
                     break
-                turn = [] if model is None else jobs[first : first + at_once]
+                turn = jobs[first : first + at_once]
                 for n in turn if run.sharded else run.own_part(turn):
                     with optional("Drawing a picture"):
-                        seeds, embeds = [drawings[n].seed], self.data.plan.prompt_embeds
-                        (drawn[n],) = draw_latents(model, drawings[n], seeds, embeds, drawing_run)
+                        model = model or with_same_lora(transformer, drawing_run)
+                        (drawn[n],) = draw_latents(model, drawings[n], [drawings[n].seed], embeds, drawing_run)
             del model  # before the VAE comes
             with optional("Decoding the pictures"):
                 images = decode_latents(list(drawn.values()), run)
@@ -2777,13 +2733,11 @@ class Validation:
     def __call__(self, final: bool = False) -> list[dict[str, Any]]:
         """Validate the model as it stands; returns what the card shows of the pictures, on the main process."""
         run, prompts, gallery = self.run, validation_prompts(self.run.args, final), []
-        if run.args.ema_decay:
-            logger.info(f"step {self.state.step}: the weights that are validated are averaged, see --ema_decay")
         firsts = [(drawing, run.seed if drawing.seed is None else drawing.seed) for drawing in prompts]
         numbers = range(run.args.num_validation_images)
         drawings = [dataclasses.replace(drawing, seed=first + n) for drawing, first in firsts for n in numbers]
         with self.state.averaged():
-            held_out = self.measure() if self.base else None
+            held_out = self.measure() if "held-out" in self.data.plan.examples else None
             images = self.draw(drawings) if drawings else []
         if images and run.accelerator.is_main_process:
             kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
@@ -2797,8 +2751,7 @@ class Validation:
         args, step, now = self.run.args, self.state.step, time.strftime("%Y-%m-%d %H:%M:%S %z")
         if self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True)):
             status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
-            if not end:
-                status += " Nothing says that the run has ended: if that was long ago, it may have stopped."
+            status += "" if end else " Nothing says that the run has ended: if that was long ago, it may have stopped."
             with optional("samples/index.html"):
                 write_gallery(OutputFolder(args.output_dir), step, status, running=not end)
 

@@ -510,6 +510,9 @@ TRACKER_FILES = {
 }
 
 
+PICTURE_TRACKERS = ("aim", "clearml", "swanlab", "tensorboard", "wandb")
+
+
 def run_with_trackers(report_to, model, photos, folder):
     """A run in `folder`, none of whose trackers reaches the network."""
     environment = {
@@ -562,7 +565,7 @@ def test_trackers_get_the_metrics_and_the_pictures_and_no_token(tracker, tiny_mo
         found = list(contents(tmp_path.glob(TRACKER_FILES[name])))
         for metric in (b"loss", b"lr", b"grad_norm", b"epoch"):
             assert any(metric in content for content in found)
-        for step in (0, 2):
+        for step in (0, 2) if name in PICTURE_TRACKERS else ():
             files = sorted((tmp_path / "out" / "samples").glob(f"step-{step:06d}-*"))
             sent = np.hstack([np.asarray(Image.open(file), dtype=float) for file in files])
             seen = [picture for content in found for picture in pictures(content) if picture.shape == sent.shape]

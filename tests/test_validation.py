@@ -316,7 +316,7 @@ def test_skip_final_inference_draws_no_pictures_after_training(tiny_model, share
 
 def test_tensorboard_gets_the_pictures_of_every_validation(validated):
     images = events(validated.out).images
-    assert set(images) == {f"validation/0: {DOG}", f"validation/1: {DOG_IN_BUCKET}", "validation/2: a cat"}
+    assert set(images) == {f"validation/prompt-{number}" for number in range(3)}
     for prompt, tag in enumerate(sorted(images)):
         assert [event.step for event in images[tag]] == [0, 3, 6]
         for event in images[tag]:
@@ -557,13 +557,10 @@ def test_pictures_of_steps_that_are_still_to_come_again_are_not_on_the_page(tmp_
     assert len(thumbnails(tmp_path / "samples" / "contact-sheet.png")) == 3
 
 
-def test_damaged_pictures_and_those_of_others_are_not_on_the_page(tmp_path):
+def test_pictures_of_others_are_not_on_the_page(tmp_path):
     draw_gallery(tmp_path, [DOG], [0])
-    good = tmp_path / "samples" / "step-000000-prompt-0-image-0.png"
-    (good.parent / "step-000001-prompt-0-image-0.png").write_bytes(good.read_bytes()[:30])
-    (good.parent / "step-000002-prompt-0-image-0.png").write_bytes(b"")
-    Image.new("RGB", (SIDE, SIDE)).save(good.parent / "step-000003-prompt-0-image-0.png")
-    Image.new("RGB", (SIDE, SIDE)).save(good.parent / "my-prompt-idea.png")
+    for name in ("step-000003-prompt-0-image-0", "my-prompt-idea"):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "samples" / f"{name}.png")
     trainer.write_gallery(trainer.OutputFolder(tmp_path), 9, "now", running=True)
     assert list(Page(tmp_path).links) == [(0, 0)]
 
@@ -586,19 +583,9 @@ def test_a_page_that_cannot_be_written_leaves_the_last_one_whole(tmp_path, monke
 # Held-out loss
 
 
-def test_held_out_loss_is_logged_with_the_base_models_and_by_bands(validated):
-    scalars = events(validated.out).scalars
-    names = [f"held_out_loss{base}{band}" for base in ("", "_base") for band in ("", "_low", "_middle", "_high")]
-    for name in names:
-        assert [event.step for event in scalars[name]] == [0, 3, 6]
-    for base in ("held_out_loss", "held_out_loss_base"):
-        for step in range(3):
-            bands = [scalars[f"{base}_{band}"][step].value for band in ("low", "middle", "high")]
-            assert scalars[base][step].value == pytest.approx(statistics.fmean(bands), rel=1e-5)
-
-
 def test_at_step_0_the_held_out_loss_is_the_base_models_and_then_it_moves_alone(validated):
     scalars = events(validated.out).scalars
+    assert [event.step for event in scalars["held_out_loss"]] == [0, 3, 6]
     losses = [event.value for event in scalars["held_out_loss"]]
     base = [event.value for event in scalars["held_out_loss_base"]]
     assert losses[0] == base[0] == base[1] == base[2]
@@ -611,9 +598,9 @@ def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_s
     examples = data.plan.examples["held-out"]
 
     def gain(run):
-        loss = trainer.held_out_loss(transformer, data, run)[""]
+        loss = trainer.held_out_loss(transformer, data, run)
         transformer.disable_adapters()
-        base = trainer.held_out_loss(transformer, data, run)[""]
+        base = trainer.held_out_loss(transformer, data, run)
         transformer.enable_adapters()
         return loss - base
 
@@ -645,7 +632,7 @@ def test_save_best_keeps_the_lora_of_the_lowest_held_out_loss(
     tiny_model, shared_photos, held_out, tmp_path, monkeypatch, capsys
 ):
     losses = iter([1.0, 1.0, 0.5, 0.7])  # of the base model, and of steps 0, 3 and 6
-    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: dict.fromkeys(["", "_low"], next(losses)))
+    monkeypatch.setattr(trainer, "held_out_loss", lambda *args: next(losses))
     flags = {"validation_data_dir": held_out, "validation_epochs": 1, "save_best": True, "checkpointing_steps": 3}
     train(tiny_model, shared_photos, tmp_path, **TRAINING, **flags)
     assert_same_weights(tmp_path / "best", tmp_path / "checkpoint-3")
