@@ -1069,6 +1069,7 @@ class PipelineInfo:
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any]
     text_config: transformers.PretrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
     scheduler: FlowMatchEulerDiscreteScheduler
     identity: dict[str, str | None]  # {component: digest of its content}; None where it is not downloaded
     transformer_file: Path | None = None  # in place of the folder's transformer
@@ -1147,7 +1148,8 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     with user_errors(f"{incomplete} text_encoder"):
         text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder")
     with user_errors(f"{incomplete} tokenizer"):
-        if not transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer").chat_template:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        if not tokenizer.chat_template:
             raise ValueError("it has no chat template")
     transformer, vae, text_type = configs["transformer"], configs["vae"], text_config.model_type
     fits = text_type.startswith("qwen") and text_config.hidden_size == transformer["cap_feat_dim"]
@@ -1171,7 +1173,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
-    return PipelineInfo(name, path, args.variant, transformer, vae, text_config, scheduler, identity, file)
+    return PipelineInfo(name, path, args.variant, transformer, vae, text_config, tokenizer, scheduler, identity, file)
 
 
 Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
@@ -1369,45 +1371,41 @@ def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encoding_file(args: argparse.Namespace, *key: Any) -> Path | None:
-    """The file in `--encoding_cache_dir` of a tensor that is a function of `key` alone; None without that flag."""
-    return args.encoding_cache_dir and Path(args.encoding_cache_dir, f"{digest_of(key)}.safetensors")
-
-
-def read_encoding(file: Path | None) -> Tensor | None:
-    """The tensor in a file of the cache; None where there is none, or it is damaged."""
+def cached_encoding(run: Run, key: tuple, compute: Callable[[], Tensor], together: bool = False) -> Tensor:
+    """What `compute` returns, a function of `key` alone: from `--encoding_cache_dir`, or made and kept there."""
+    folder, tensor = run.args.encoding_cache_dir, None
+    file = folder and Path(folder, f"{digest_of(key)}.safetensors")
     if file and file.is_file():
         with optional(f"Reading {file} of --encoding_cache_dir, which is damaged and made anew,"):
-            return load_file(file)["encoding"]
-    return None
-
-
-def write_encoding(file: Path | None, tensor: Tensor) -> None:
-    """Write under another name and rename, so that runs that use one folder never see half a file."""
+            tensor = load_file(file)["encoding"]
+    if together:  # one process looks for all: another run may be adding to the folder
+        tensor = broadcast_object_list([tensor])[0]
+    if tensor is not None:
+        return tensor
+    tensor = compute()
     if file:
-        with optional(f"Writing to --encoding_cache_dir {file.parent}"):
+        with optional(f"Writing to --encoding_cache_dir {folder}"):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file, os.getpid()) as part:
+            with replacing(file, os.getpid()) as part:  # other runs that use the folder never see half a file
                 save_file({"encoding": tensor.contiguous()}, part)
+    return tensor
 
 
-def count_tokens(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, run: Run) -> int:
-    """Length of the prompt in the chat template, as it is encoded; warns where it is cut."""
-    positions = run.pipeline.transformer_config["axes_lens"][0]  # of the rotary embedding: the picture takes some too
-    limit = min(run.args.max_sequence_length, (positions - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE)
-    messages = [{"role": "user", "content": prompt}]
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True).input_ids
-    if len(tokens) > limit:
-        cut = f"cuts a prompt of {len(tokens)} tokens: {prompt[:60]!r}..."
-        logger.warning(f"--max_sequence_length {limit} {cut} ends at ...{tokenizer.decode(tokens[:limit])[-40:]!r}")
-    return min(len(tokens), limit)
-
-
-def all_prompts(examples: Examples, args: argparse.Namespace) -> list[str]:
-    """Every text that the run encodes: captions, the empty prompt, and what is drawn."""
+def tokenize(examples: Examples, run: Run) -> dict[str, list[int]]:
+    """{prompt: its tokens, as they are encoded} of captions, the empty prompt and what is drawn; warns of cut ones."""
+    args, tokenizer, tokens = run.args, run.pipeline.tokenizer, {}
     drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
-    texts = {"", args.class_prompt or "", *(example.caption for kind in examples for example in examples[kind])}
-    return sorted(texts | {text for drawing in drawings for text in (drawing.prompt, drawing.negative_prompt)})
+    prompts = {"", args.class_prompt or "", *(example.caption for kind in examples for example in examples[kind])}
+    positions = run.pipeline.transformer_config["axes_lens"][0]  # of the rotary embedding: the picture takes some too
+    limit = min(args.max_sequence_length, (positions - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE)
+    for prompt in sorted(prompts.union(*((drawing.prompt, drawing.negative_prompt) for drawing in drawings))):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True).input_ids
+        tokens[prompt] = ids[:limit]
+        if len(ids) > limit:
+            cut = f"cuts a prompt of {len(ids)} tokens: {prompt[:60]!r}..."
+            logger.warning(f"--max_sequence_length {limit} {cut} ends at ...{tokenizer.decode(ids[:limit])[-40:]!r}")
+    return tokens
 
 
 def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored: Collection[Tensor] = ()) -> None:
@@ -1420,37 +1418,36 @@ def shard(modules: Iterable[torch.nn.Module], accelerator: Accelerator, ignored:
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=set(ignored))
 
 
+def load_text_encoder(run: Run) -> Callable[..., tuple[list[Tensor], Any]]:
+    """`ZImagePipeline.encode_prompt` with the text encoder on the device, or spread as the flags say."""
+    qwen3 = run.pipeline.load(transformers.AutoModel, "text_encoder", dtype=run.encoder_dtype)
+    if run.args.fsdp_text_encoder:
+        qwen3.rotary_emb.to(run.accelerator.device)
+        # Its parts, not the whole: transformers records hidden states by the model's class, which FSDP replaces.
+        shard((qwen3.embed_tokens, *qwen3.layers, qwen3.norm), run.accelerator)
+    elif run.args.offload:
+        accelerate.cpu_offload(qwen3, run.accelerator.device)  # each layer visits the device by itself
+    else:
+        qwen3.to(run.accelerator.device)
+    return ZImagePipeline(None, None, qwen3, run.pipeline.tokenizer, None).encode_prompt
+
+
 @torch.no_grad()
-def encode_prompts(prompts: list[str], run: Run) -> dict[str, Tensor]:
-    """{prompt: embedding [L, D] on the CPU}, by `ZImagePipeline.encode_prompt`. Raises UserError."""
-    args, accelerator, device = run.args, run.accelerator, run.accelerator.device
-    settings = ("prompt", run.pipeline.identity["text_encoder"], args.max_sequence_length, str(run.encoder_dtype))
-    files = {prompt: encoding_file(args, *settings, prompt) for prompt in prompts}
-    # One process looks into the cache for all: another run may be adding to it.
-    embeds = accelerator.is_main_process and {prompt: read_encoding(file) for prompt, file in files.items()}
-    embeds = broadcast_object_list([embeds])[0]
-    if missing := [prompt for prompt, embed in embeds.items() if embed is None]:
-        tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
-        qwen3 = run.pipeline.load(transformers.AutoModel, "text_encoder", dtype=run.encoder_dtype)
-        if args.fsdp_text_encoder:
-            qwen3.rotary_emb.to(device)
-            # Its parts, not the whole: transformers records hidden states by the model's class, which FSDP replaces.
-            shard((qwen3.embed_tokens, *qwen3.layers, qwen3.norm), accelerator)
-        elif args.offload:
-            accelerate.cpu_offload(qwen3, device)  # each layer visits the device by itself
-        else:
-            qwen3.to(device)
-        pipeline = ZImagePipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=qwen3)
-        encode = functools.partial(pipeline.encode_prompt, device=device, do_classifier_free_guidance=False)
-        own, encoded = missing if args.fsdp_text_encoder else run.own_part(missing), []
-        for prompt in with_progress(own, "prompts encoded", accelerator):
-            length = count_tokens(tokenizer, prompt, run)  # its own: padding is masked, and would only cost time
-            embed = encode([prompt], max_sequence_length=length)[0][0].to("cpu", copy=True)
-            write_encoding(files[prompt], embed)
-            encoded.append((prompt, embed))
-        embeds.update(encoded if args.fsdp_text_encoder else gather_object(encoded))
+def encode_prompts(tokens: dict[str, list[int]], run: Run) -> dict[str, Tensor]:
+    """{prompt: embedding [L, D] on the CPU}, each encoded by one process unless the encoder is sharded."""
+    together, encoder, encoded = run.args.fsdp_text_encoder, functools.cache(lambda: load_text_encoder(run)), []
+
+    def encode(prompt: str) -> Tensor:  # at its own length: padding is masked, and would only cost time
+        embeds, _ = encoder()(prompt, run.accelerator.device, False, max_sequence_length=len(tokens[prompt]))
+        return embeds[0].to("cpu", copy=True)
+
+    own = list(tokens) if together else run.own_part(list(tokens))
+    for prompt in with_progress(own, "prompts encoded", run.accelerator):
+        key = ("prompt", run.pipeline.identity["text_encoder"], str(run.encoder_dtype), tokens[prompt])
+        encoded.append((prompt, cached_encoding(run, key, functools.partial(encode, prompt), together)))
+    embeds = dict(encoded if together else gather_object(encoded))
     width = run.pipeline.transformer_config["cap_feat_dim"]
-    assert all(embed.ndim == 2 and embed.shape[1] == width for embed in embeds.values())
+    assert all(embed.shape == (len(tokens[prompt]), width) for prompt, embed in embeds.items())
     return embeds
 
 
@@ -1510,20 +1507,19 @@ def draw_crop(example: Example, args: argparse.Namespace, *draw: Any) -> tuple[f
 
 def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool], Tensor]:
     """{(example, flip): latents [C, h, w] on the CPU, with a mask [C + 1, h, w]}, each encoded by one process."""
-    args, vae, encoded = run.args, None, []
+    args, vae, encoded = run.args, functools.cache(lambda: load_vae(run)), []
+
+    def encode(example: Example, crop: tuple[float, float], flip: bool) -> Tensor:
+        pixels = fit_to_bucket(load_picture(example), example.bucket, crop, flip)
+        return encode_images(vae(), pixels[None], run)[0].cpu()
+
     for number, example in with_progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
         content = hashlib.blake2b(read_bytes(example.source)).hexdigest()
         crop = draw_crop(example, args, content)  # not by the run's seed: so the next run can use the latents
         mask = file_digest(example.mask) if isinstance(example.mask, Path) else example.mask
-        settings = (content, example.bucket, crop, mask)
+        key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, mask)
         for flip in {False, args.random_flip and example.kind != "held-out"}:
-            file = encoding_file(args, "latents", run.pipeline.identity["vae"], *settings, flip)
-            latents = read_encoding(file)
-            if latents is None:
-                vae = vae or load_vae(run)
-                pixels = fit_to_bucket(load_picture(example), example.bucket, crop, flip)
-                latents = encode_images(vae, pixels[None], run)[0].cpu()
-                write_encoding(file, latents)
+            latents = cached_encoding(run, (*key, flip), functools.partial(encode, example, crop, flip))
             assert latents.shape[1:] == run.pipeline.latent_shape(example.bucket)[1:]
             encoded.append((number, flip, latents))
     return {(examples[number], flip): latents for number, flip, latents in gather_object(encoded)}
@@ -2059,11 +2055,11 @@ class TrainingPlan:
     The permutations of the epochs, one after the other, are one stream of instance samples. Update N takes the N-th
     `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior preservation as
     many class samples join them, the class images taking turns. A slot is an example in one of its repeats: an epoch
-    takes each once. `prompt_embeds`, {prompt: [L, D]}, is needed for the samples, not for the numbers.
+    takes each once. `tokens` are those of each prompt.
     """
 
-    def __init__(self, examples: Examples, run: Run, prompt_embeds: dict[str, Tensor] | None = None) -> None:
-        self.examples, self.prompt_embeds, self.run, args = examples, prompt_embeds or {}, run, run.args
+    def __init__(self, examples: Examples, tokens: dict[str, list[int]], run: Run) -> None:
+        self.examples, self.tokens, self.run, args = examples, tokens, run, run.args
         self.slots = [example for example in examples["instance"] for _ in range(example.repeats)]
         self.samples_per_epoch = len(self.slots)
         processes = run.accelerator.num_processes
@@ -2097,7 +2093,7 @@ class TrainingPlan:
 
     def key(self, sample: Sample) -> tuple[int, int, int]:
         """What must be equal within a micro-batch: the size and, so that attention needs no mask, the tokens."""
-        return (*sample.example.bucket, math.ceil(len(self.prompt_embeds[sample.prompt]) / TOKEN_MULTIPLE))
+        return (*sample.example.bucket, math.ceil(len(self.tokens[sample.prompt]) / TOKEN_MULTIPLE))
 
     def order_epoch(self, epoch: int) -> list[Sample]:
         """The samples of an epoch, in the order in which the updates take them.
@@ -2153,6 +2149,7 @@ class TrainingData:
     """What training needs of samples: latents or pixels, noise, sigmas, prompt embeddings."""
 
     plan: TrainingPlan
+    prompt_embeds: dict[str, Tensor]  # {prompt: [L, D]}
     sigmas: Tensor  # [1000], ascending
     run: Run
     latents: dict[tuple[Example, bool], Tensor] = dataclasses.field(default_factory=dict)  # by flip, where cached
@@ -2166,7 +2163,7 @@ class TrainingData:
             sigmas=torch.stack([sample_sigma(self.sigmas, args, generator) for generator in generators]),
             noise=torch.stack([torch.randn(shape, generator=generator) for generator in generators]),
             weights=torch.tensor([sample.weight for sample in samples]),
-            prompt_embeds=[self.plan.prompt_embeds[sample.prompt] for sample in samples],
+            prompt_embeds=[self.prompt_embeds[sample.prompt] for sample in samples],
         )
         if args.cache_latents:
             batch.latents = torch.stack([self.latents[sample.example, sample.flip] for sample in samples])
@@ -2666,7 +2663,7 @@ def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run
         sigmas = data.sigmas[int(level * len(data.sigmas))][None]
         latents = data.latents[examples[k], False][None]
         noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
-        embeds = [data.plan.prompt_embeds[examples[k].caption]]
+        embeds = [data.prompt_embeds[examples[k].caption]]
         batch = MicroBatch(noise, sigmas, torch.ones(1), embeds, latents).to(run.accelerator.device)
         losses.append(training_loss(transformer, None, batch, "none", run).item())
     return statistics.fmean(losses if run.sharded else gather_object(losses))
@@ -2705,7 +2702,7 @@ class Validation:
         Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the
         moment. A picture has the noise of its seed in `ZImagePipeline`, at every validation.
         """
-        run, transformer, embeds = self.run, self.state.transformer, self.data.plan.prompt_embeds
+        run, transformer, embeds = self.run, self.state.transformer, self.data.prompt_embeds
         drawing_run, other = (
             dataclasses.replace(run, pipeline=validation_pipeline(run)),
             run.args.validation_model_path,
@@ -2876,24 +2873,22 @@ class Shapes:
     class_picture: Size | None = None  # where some are to be drawn
 
 
-def find_shapes(examples: Examples, missing_class_images: int, run: Run) -> Shapes:
-    """The shapes of the run, from the pictures' headers and the tokenizer; the first 100 updates stand for all."""
-    args = run.args
-    tokenizer = run.pipeline.load(transformers.AutoTokenizer, "tokenizer")
+def find_shapes(plan: TrainingPlan, missing_class_images: int, run: Run) -> Shapes:
+    """The shapes of the run, of which the first 100 updates stand for all."""
+    args, examples = run.args, plan.examples
     drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
-    lengths = {text: count_tokens(tokenizer, text, run) for text in all_prompts(examples, args)}
     class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
     if missing_class_images and not examples["class"]:
         one = {"kind": "class", "caption": args.class_prompt, "bucket": class_picture}
         examples = examples | {"class": [dataclasses.replace(examples["instance"][0], **one)]}
-    plan = TrainingPlan(examples, run, {text: torch.empty(length, 0) for text, length in lengths.items()})
+    plan = TrainingPlan(examples, plan.tokens, run)
     updates = [plan.micro_batches(step) for step in range(min(plan.max_train_steps, 100))]
     keys = {(len(batch), *plan.key(batch[0])) for update in updates for batch in update}
     count, height, width, tokens = max(
         keys, key=lambda key: key[0] * (key[1] * key[2] / SIZE_MULTIPLE**2 + 32 * key[3])
     )
     return Shapes(
-        prompt=max(lengths.values()),
+        prompt=max(map(len, plan.tokens.values())),
         batch=count,
         tokens=tokens * TOKEN_MULTIPLE,
         bucket=(height, width),
@@ -3097,7 +3092,7 @@ def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | N
 
 
 def plan_memory(
-    examples: Examples, missing_class_images: int, run: Run
+    plan: TrainingPlan, missing_class_images: int, run: Run
 ) -> tuple[Run, Callable[[str], contextlib.AbstractContextManager]]:
     """Say what memory each stage takes, in a dry run and before a run on an accelerator.
 
@@ -3105,7 +3100,7 @@ def plan_memory(
     """
     shapes, counted, automatic = None, {}, run.args.gradient_checkpointing == "auto"
     if run.args.dry_run or automatic or run.accelerator.device.type != "cpu":
-        shapes = find_shapes(examples, missing_class_images, run)
+        shapes = find_shapes(plan, missing_class_images, run)
         if automatic:
             run = dataclasses.replace(run, fraction=choose_fraction(shapes, run))
         counted, room = count_memory(shapes, run), room_for_tensors(run)
@@ -3609,9 +3604,9 @@ def main(args: argparse.Namespace) -> None:
     check_folders(examples, args)
     class_images = {example.name for example in examples.get("class", [])}
     missing = max(0, args.num_class_images - len(class_images)) if args.with_prior_preservation else 0
-    plan = TrainingPlan(examples, run)
+    plan = TrainingPlan(examples, tokenize(examples, run), run)
     logger.info("\n".join(describe_plan(examples, missing, plan, run)))
-    run, watched = plan_memory(examples, missing, run)
+    run, watched = plan_memory(plan, missing, run)
     fingerprint = make_fingerprint(examples, missing, plan, run)
     check_fingerprint(checkpoint, fingerprint)
     earlier = OutputFolder(args.output_dir).record
@@ -3630,13 +3625,12 @@ def main(args: argparse.Namespace) -> None:
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     with watched("text encoder"):
-        prompt_embeds = encode_prompts(all_prompts(examples, args), run)
+        prompt_embeds = encode_prompts(plan.tokens, run)
     if missing:
         with watched("class pictures"):
             generate_class_images(missing, prompt_embeds, run)
         examples["class"] = load_examples("class", args)
-    plan = TrainingPlan(examples, run, prompt_embeds)
-    data = TrainingData(plan, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
+    data = TrainingData(plan, prompt_embeds, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = [e for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]
     with watched("VAE"):
         data.latents = cache_latents(cached, run)

@@ -76,10 +76,10 @@ def observe(path, fsdp, change, trainer):
         text_encoders.extend([component] if part == "text_encoder" else [])
         return component
 
-    def count_tokens(tokenizer, prompt, run):
+    def encode_prompt(pipeline, prompt, *args, **options):
         notes["prompts"].append(prompt)
         notes["bytes"]["text encoder"] = local_bytes(text_encoders[0])
-        return original["count_tokens"](tokenizer, prompt, run)
+        return original_encode(pipeline, prompt, *args, **options)
 
     def decode_image(name, source, *side, **options):
         if side != (64,):  # else it is only looked at for damage
@@ -113,7 +113,8 @@ def observe(path, fsdp, change, trainer):
             notes["written"].append(os.fspath(arguments[0]))
 
     original_load, trainer.PipelineInfo.load = trainer.PipelineInfo.load, load
-    changed = (count_tokens, decode_image, train, training_loss, sum_over_processes, main)
+    original_encode, trainer.ZImagePipeline.encode_prompt = trainer.ZImagePipeline.encode_prompt, encode_prompt
+    changed = (decode_image, train, training_loss, sum_over_processes, main)
     vars(trainer).update({function.__name__: function for function in changed})
     sys.addaudithook(note_writing)
 

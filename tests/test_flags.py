@@ -8,6 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -121,13 +122,15 @@ LONG = "a photo of sks dog " * 10
 @pytest.mark.parametrize("change", ["precision", "length", "model"])
 def test_a_prompt_that_would_be_encoded_differently_is_not_taken_from_the_cache(change, tiny_model, tmp_path):
     settings = {"precision": "no", "max_sequence_length": 512}
-    trainer.encode_prompts([LONG], make_run(tiny_model, encoding_cache_dir=tmp_path, **settings))
+
+    def encode(model, cache):
+        run = make_run(model, encoding_cache_dir=cache, **settings)
+        return trainer.encode_prompts(trainer.tokenize({"instance": [SimpleNamespace(caption=LONG)]}, run), run)[LONG]
+
+    encode(tiny_model, tmp_path)
     settings |= {"precision": {"precision": "bf16"}, "length": {"max_sequence_length": 40}}.get(change, {})
     model = build_tiny_pipeline(tmp_path / "other", seed=1) if change == "model" else tiny_model
-    cached, anew = (
-        trainer.encode_prompts([LONG], make_run(model, encoding_cache_dir=cache, **settings))[LONG]
-        for cache in (tmp_path, None)
-    )
+    cached, anew = (encode(model, cache) for cache in (tmp_path, None))
     assert cached.dtype == anew.dtype and torch.equal(cached, anew)
 
 
@@ -149,14 +152,14 @@ def test_a_picture_that_would_be_encoded_differently_is_not_taken_from_the_cache
 
 def test_a_damaged_encoding_is_made_anew_and_a_full_disk_stops_nothing(tiny_model, tmp_path, caplog):
     run = make_run(tiny_model, encoding_cache_dir=tmp_path)
-    whole = trainer.encode_prompts(["a dog"], run)["a dog"]
+    whole = trainer.encode_prompts({"a dog": [0] * 13}, run)["a dog"]
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
-    assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
+    assert torch.equal(trainer.encode_prompts({"a dog": [0] * 13}, run)["a dog"], whole)
     assert f"Reading {file} of --encoding_cache_dir, which is damaged" in caplog.text
     file.unlink()
     with mock.patch.object(trainer, "save_file", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
-        assert torch.equal(trainer.encode_prompts(["a dog"], run)["a dog"], whole)
+        assert torch.equal(trainer.encode_prompts({"a dog": [0] * 13}, run)["a dog"], whole)
     assert f"Writing to --encoding_cache_dir {tmp_path} failed (" in caplog.text and not list(
         tmp_path.glob("*.safetensors")
     )
@@ -254,7 +257,7 @@ def test_the_learning_rate_can_be_scaled_by_the_total_batch_size(tiny_model, sha
     for scale in (False, True):
         run = make_run(tiny_model, **sizes, scale_lr=scale)
         run.accelerator.num_processes = 2
-        rates.append(trainer.TrainingPlan(make_examples(run, shared_photos), run).learning_rate)
+        rates.append(trainer.TrainingPlan(make_examples(run, shared_photos), {}, run).learning_rate)
     assert rates == pytest.approx([1e-4, 12e-4])
 
 
@@ -332,7 +335,7 @@ def settings(tiny_model, shared_photos):
         if "repeats" in flags:
             examples["instance"] = [dataclasses.replace(e, repeats=flags["repeats"]) for e in examples["instance"]]
         vars(run.args).update(flags)
-        plan = trainer.TrainingPlan(examples, run)
+        plan = trainer.TrainingPlan(examples, {}, run)
         return json.loads(json.dumps(trainer.make_fingerprint(examples, number_of_class_images, plan, run)))
 
     return settings

@@ -784,9 +784,9 @@ def test_the_held_out_levels_of_the_pictures_cover_the_schedule_evenly(monkeypat
         trainer.Example, "held-out", source=Path("x"), caption="a", origin="", size=(8, 8), bucket=(8, 8), repeats=1
     )
     examples = [example(name=str(n)) for n in range(4)]
-    plan = SimpleNamespace(examples={"held-out": examples}, prompt_embeds={"a": torch.zeros(1, 1)})
     data = SimpleNamespace(
-        plan=plan,
+        plan=SimpleNamespace(examples={"held-out": examples}),
+        prompt_embeds={"a": torch.zeros(1, 1)},
         latents=collections.defaultdict(lambda: torch.zeros(1, 1, 1)),
         sigmas=torch.linspace(0, 1, 4801)[:-1],
     )
@@ -796,18 +796,21 @@ def test_the_held_out_levels_of_the_pictures_cover_the_schedule_evenly(monkeypat
 
 
 def test_two_runs_may_write_one_entry_of_the_cache_at_the_same_time(tmp_path, monkeypatch):
-    file, save = tmp_path / "key.safetensors", trainer.save_file
+    save, run = trainer.save_file, SimpleNamespace(args=SimpleNamespace(encoding_cache_dir=tmp_path))
+
+    def encode(number):
+        return trainer.cached_encoding(run, ("key",), lambda: torch.ones(number))
 
     def save_while_another_does(tensors, path):
         monkeypatch.setattr(trainer, "save_file", save)
         save(tensors, path)
         monkeypatch.setattr(os, "getpid", lambda: 0)
-        trainer.write_encoding(file, torch.ones(3))  # the other run, from its begin to its end
+        encode(3)  # the other run, from its begin to its end
         assert Path(path).exists()  # this one's is not in its way
 
     monkeypatch.setattr(trainer, "save_file", save_while_another_does)
-    trainer.write_encoding(file, torch.ones(3))
-    assert torch.equal(trainer.read_encoding(file), torch.ones(3)) and len([*tmp_path.iterdir()]) == 1
+    assert torch.equal(encode(3), torch.ones(3)) and len([*tmp_path.iterdir()]) == 1
+    assert torch.equal(encode(4), torch.ones(3))  # read from there
 
 
 def test_fp16_is_scaled_skips_what_is_not_finite_and_keeps_its_scale_in_checkpoints(tiny_model, tmp_path):

@@ -41,7 +41,7 @@ def make_plan(pictures=5, repeats=1, processes=1, process=0, sharded=False, seed
     accelerator = SimpleNamespace(num_processes=processes, process_index=process)
     run = SimpleNamespace(args=args, seed=seed, accelerator=accelerator, sharded=sharded)
     lengths = {"": 20, "a cat": 20, CAPTIONS[0]: 20, CAPTIONS[1]: 50}
-    return trainer.TrainingPlan(examples, run, {text: torch.zeros(n, 1) for text, n in lengths.items()})
+    return trainer.TrainingPlan(examples, {text: [0] * n for text, n in lengths.items()}, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def reader():
     def reader(load, jobs, threads=2, stopping=lambda: False):
         accelerator = SimpleNamespace(device=torch.device("cpu"))
         run = SimpleNamespace(args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator)
-        data = trainer.TrainingData(None, None, run)
+        data = trainer.TrainingData(None, {}, None, run)
         data.load = load
         opened.append(data.read_ahead(iter(jobs), stopping))
         return opened[-1]

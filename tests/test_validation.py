@@ -614,7 +614,7 @@ def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_s
                 noise=torch.randn(latents[None].shape, generator=generator),
                 sigmas=data.sigmas[level][None],
                 weights=torch.ones(1),
-                prompt_embeds=[data.plan.prompt_embeds[examples[picture].caption]],
+                prompt_embeds=[data.prompt_embeds[examples[picture].caption]],
             )
             losses.append(trainer.training_loss(transformer, None, batch, "none", run).item())
         return statistics.fmean(losses)

@@ -33,7 +33,8 @@ def count_recipe(card, model):
     run = trainer.Run(args, accelerator, pipeline, 0, trainer.DTYPES[args.mixed_precision], lora)
     side = (args.resolution[-1],) * 2
     example = trainer.Example("instance", "dog.png", Path("dog.png"), args.instance_prompt, side, side, 1)
-    shapes = trainer.find_shapes({"instance": [example]}, 0, run)
+    examples = {"instance": [example]}
+    shapes = trainer.find_shapes(trainer.TrainingPlan(examples, trainer.tokenize(examples, run), run), 0, run)
     if args.gradient_checkpointing == "auto":
         run = trainer.dataclasses.replace(run, fraction=trainer.choose_fraction(shapes, run))
     counted = {stage: size / trainer.GIB for stage, size in trainer.count_memory(shapes, run).items()}
