@@ -43,7 +43,6 @@ import logging
 import math
 import operator
 import os
-import queue
 import random
 import re
 import shlex
@@ -1347,15 +1346,26 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def with_progress(items: Collection[T], what: str, accelerator: Accelerator) -> Iterator[T]:
-    """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten."""
+def with_progress(
+    items: Iterable[T], what: str, accelerator: Accelerator, total: int = 0, done: int = 0, shown: dict | None = None
+) -> Iterator[T]:
+    """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten.
+
+    What is `shown` can change meanwhile; where there is anything, the first and the last item have lines too.
+    """
     hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
-    bar, next_line = tqdm(items, what, disable=hidden, leave=False), time.monotonic() + 2
-    for number, item in enumerate(bar):
-        if bar.disable and time.monotonic() > next_line:
-            logger.info(f"{what}: {number} of {len(items)}")
-            next_line = time.monotonic() + 10
-        yield item
+    total, started = total or len(items), time.monotonic()
+    next_line = started + 2
+    with tqdm(desc=what, total=total, initial=done, disable=hidden, leave=False) as bar:
+        for number, item in enumerate(items, done + 1):
+            yield item
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and (now > next_line or shown and number in (done + 1, total)):
+                next_line, pace = now + 10, (now - started) / (number - done)
+                left = pace * (total - number) / 60
+                logger.info(f"{what} {number}/{total}: {pace:.2f} s each, {left:.0f} min left {bar.postfix}")
 
 
 def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
@@ -1997,21 +2007,18 @@ def predict_velocity(
     return velocity
 
 
-def mask_weights(masks: Tensor, unmasked_weight: float) -> Tensor:
-    """Weights of mean 1, [B, 1, h, w], from masks in [0, 1]; of 0 where a crop holds nothing that weighs anything."""
-    weights = unmasked_weight + (1 - unmasked_weight) * masks
-    return weights / weights.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-
-
 def flow_matching_loss(
-    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, weighting_scheme: str, mask: Tensor | float = 1
+    velocity: Tensor, latents: Tensor, noise: Tensor, sigmas: Tensor, scheme: str, mask: Tensor | None = None
 ) -> Tensor:
     """Per-sample loss [B]: squared error to the velocity noise - latents, weighted by sigma and mask, in float32.
 
-    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0.
+    Rectified flow: x_sigma = (1 - sigma) x_0 + sigma eps, so d x_sigma / d sigma = eps - x_0. The weights of a mask
+    [B, 1, h, w] count relative to their mean; where they are 0 everywhere, in a crop of the picture, so is the loss.
     """
-    weighting = training_utils.compute_loss_weighting_for_sd3(weighting_scheme, sigmas)
-    losses = weighting * (mask * (velocity - (noise - latents)).square()).flatten(1).mean(1)
+    errors = (velocity - (noise - latents)).square()
+    if mask is not None:
+        errors = mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-6) * errors
+    losses = training_utils.compute_loss_weighting_for_sd3(scheme, sigmas) * errors.flatten(1).mean(1)
     assert losses.shape == (len(latents),) and losses.dtype == torch.float32
     return losses
 
@@ -2028,7 +2035,8 @@ def training_loss(
     noisy_latents = (1 - level) * latents + level * noise
     with run.accelerator.autocast():
         velocity = predict_velocity(transformer, noisy_latents, sigmas, batch.prompt_embeds, run.weight_dtype)
-    mask = mask_weights(masks, run.args.unmasked_weight) if masks.shape[1] else 1
+    outside = run.args.unmasked_weight
+    mask = outside + (1 - outside) * masks if masks.shape[1] else None
     losses = flow_matching_loss(velocity, latents, noise, sigmas, scheme, mask)
     return (batch.weights * losses).sum()
 
@@ -2178,46 +2186,38 @@ class TrainingData:
     def read_ahead(self, jobs: Iterator[list[Sample]], stopping: Callable[[], bool]) -> Iterator[MicroBatch | None]:
         """The micro-batches of `jobs` on the device, in their order; threads read them while it works.
 
-        At most two more than there are threads are read ahead. The last is None where its pictures do not come though
-        `stopping()`. The threads are daemons, unlike those of `concurrent.futures`: one that is stuck in a read does
-        not hold up the end of the program.
+        At most two more than there are threads at work are read ahead. The last is None where its pictures do not come
+        though `stopping()`. A daemon thread reads each: one that is stuck does not hold up the end of the program.
         """
         device, threads = self.run.accelerator.device, max(1, self.run.args.dataloader_num_workers)
-        work, ahead, sent = queue.SimpleQueue(), deque(), deque()
+        at_work, ahead, following = threading.Semaphore(threads), deque(), None
 
-        def read() -> None:
-            for future, samples in iter(work.get, None):
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(self.load(samples))
-                    except BaseException as error:  # of any kind: the loop would wait for ever for what never comes
-                        future.set_exception(error)
+        def read(future: concurrent.futures.Future, samples: list[Sample]) -> None:
+            try:
+                with at_work:
+                    future.set_result(self.load(samples))
+            except BaseException as error:  # of any kind: the loop would wait for ever for what never comes
+                future.set_exception(error)
 
-        for _ in range(threads):
-            threading.Thread(target=read, daemon=True).start()
         try:
             while True:
                 for samples in itertools.islice(jobs, threads + 2 - len(ahead)):
                     ahead.append(concurrent.futures.Future())
-                    work.put((ahead[-1], samples))
+                    threading.Thread(target=read, args=(ahead[-1], samples), daemon=True).start()
                 if not ahead:
                     return
-                future, deadline = ahead.popleft(), math.inf
-                while not future.done():
-                    deadline = min(deadline, time.monotonic() + PATIENCE) if stopping() else math.inf
-                    if time.monotonic() > deadline:
-                        yield None
+                future, waited = ahead.popleft(), 0.0
+                while not future.done() and waited < PATIENCE:
                     concurrent.futures.wait([future], timeout=0.1)
-                if not sent:
-                    sent.append(future.result().to(device))
-                if ahead and ahead[0].done() and not ahead[0].exception():  # it need not wait for this one's loss
-                    sent.append(ahead[0].result().to(device))
-                yield sent.popleft()
+                    waited += 0.1 * stopping()
+                if not future.done():
+                    yield None
+                batch = following or future.result().to(device)
+                ready = ahead and ahead[0].done() and not ahead[0].exception()
+                following = ahead[0].result().to(device) if ready else None  # it need not wait for this one's loss
+                yield batch
         finally:  # a thread amid a picture may finish it, within a second: Python ends badly under it
-            running = [future for future in ahead if not future.cancel()]
-            for _ in range(threads):
-                work.put(None)
-            concurrent.futures.wait(running, timeout=1)
+            concurrent.futures.wait(ahead, timeout=1)
 
     def read(self, first_update: int, stopping: Callable[[], bool]) -> Iterator[tuple[int, Iterator]]:
         """(step, its micro-batches in this process), from update `first_update` (from 0) to the end of the run."""
@@ -2321,48 +2321,21 @@ def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTra
 
 def build_optimizer(parameters: list[Parameter], args: argparse.Namespace, learning_rate: float) -> Optimizer:
     """AdamW, 8-bit AdamW or Prodigy. Raises UserError where its library is missing."""
-    options = {
-        "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.optimizer == "prodigy":
-        with user_errors("--optimizer prodigy needs prodigyopt: pip install prodigyopt", ImportError):
+    options = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    options |= {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    needed = "--optimizer prodigy needs pip install prodigyopt, --use_8bit_adam needs pip install bitsandbytes"
+    with user_errors(needed, ImportError):
+        if args.optimizer == "prodigy":
             from prodigyopt import Prodigy
-        options |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
-        options["use_bias_correction"] = args.prodigy_use_bias_correction
-        options["safeguard_warmup"] = args.prodigy_safeguard_warmup
-        return Prodigy(parameters, **options)
-    if args.use_8bit_adam:
-        with user_errors("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes", ImportError):
+
+            options |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
+            options["use_bias_correction"] = args.prodigy_use_bias_correction
+            return Prodigy(parameters, **options, safeguard_warmup=args.prodigy_safeguard_warmup)
+        if args.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit
-        return AdamW8bit(parameters, **options)
+
+            return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
-
-
-def build_lr_scheduler(optimizer: Optimizer, args: argparse.Namespace, max_train_steps: int) -> LambdaLR:
-    """diffusers' schedule by name: the learning rate as a function of the step."""
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
-    return get_scheduler(args.lr_scheduler, optimizer, **steps, num_cycles=args.lr_num_cycles, power=args.lr_power)
-
-
-def sum_over_processes(parameters: list[Parameter], loss: Tensor, stopping: bool, accelerator: Accelerator) -> Tensor:
-    """Add up gradients and loss over the processes, in one exchange; returns [loss, how many were not asked to stop].
-
-    Every process holds the whole LoRA; only the frozen base is ever sharded. A wrapped model would average the
-    gradients of each backward pass instead, in as many exchanges.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:  # this process had no sample in the update
-            parameter.grad = torch.zeros_like(parameter)
-    sums = torch.stack([loss, torch.full_like(loss, float(not stopping))])
-    if accelerator.num_processes > 1:
-        tensors = [*(parameter.grad for parameter in parameters), sums]
-        flat = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="sum")
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
-    return sums
 
 
 @dataclasses.dataclass
@@ -2396,13 +2369,9 @@ class TrainingState:
         """Write the LoRA in float32 and `training_state.pt`: tensors and plain values, by names of torch's own."""
         with replacing(folder / LORA_FILE) as part:
             save_lora(self.transformer, part, torch.float32)
-        state = {
-            "step": self.step,
-            "held_out": self.held_out,
-            "average": self.average,
-            "optimizer": accelerate.utils.recursively_apply(Tensor.cpu, self.optimizer.state_dict()),
-            "scaler": self.scaler.state_dict(),
-        }
+        state = {"step": self.step, "held_out": self.held_out, "average": self.average}
+        state["optimizer"] = accelerate.utils.recursively_apply(Tensor.cpu, self.optimizer.state_dict())
+        state["scaler"] = self.scaler.state_dict()
         content = io.BytesIO()  # torch would not say that a disk is full
         torch.save(state, content)
         (folder / STATE_FILE).write_bytes(content.getbuffer())
@@ -2437,14 +2406,10 @@ class Checkpoint:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Folders named `checkpoint-N`, newest first."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+    """Folders named `checkpoint-N` that have a manifest, newest first: any other is the user's."""
+    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")]
+    folders = [path for path in folders if path.name[11:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
-
-
-def own_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Those with a manifest, newest first: any other is the user's."""
-    return [path for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -2453,10 +2418,9 @@ def remove_checkpoint(path: Path) -> None:
     rename(path, removed)
     for name in (MANIFEST, STATE_FILE, LORA_FILE):
         (removed / name).unlink(missing_ok=True)
-    if any(removed.iterdir()):
-        rename(removed, path)
-    else:
-        removed.rmdir()
+    with contextlib.suppress(OSError):
+        return removed.rmdir()
+    rename(removed, path)
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
@@ -2470,18 +2434,14 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
     try:
         part.mkdir(parents=True)
         state.save(part)
-        manifest = {
-            "step": state.step,
-            "seed": run.seed,
-            "fingerprint": fingerprint,
-            "files": {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())},
-            "trackers": {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"},
-        }
+        manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint}
+        manifest["files"] = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
+        manifest["trackers"] = {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"}
         content = {"digest": digest_of(json.dumps(manifest)), **manifest}
         (part / MANIFEST).write_text(json.dumps(content, indent=1))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
-        if final in own_checkpoints(output_dir):
+        if final in list_checkpoints(output_dir):
             remove_checkpoint(final)
         with optional("The file for ComfyUI"), state.averaged():
             save_for_comfyui(state.transformer, f"-{state.step:06d}", run)
@@ -2492,7 +2452,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         logger.error(f"{final} could not be saved ({first_line(error)}): training goes on; make room or allow writing")
         return
     logger.info(f"Saved {final}")
-    others = [path for path in own_checkpoints(output_dir) if path != final]
+    others = [path for path in list_checkpoints(output_dir) if path != final]
     for path in others[(run.args.checkpoints_total_limit or sys.maxsize) - 1 :]:
         with optional(f"Removing {path}"):
             remove_checkpoint(path)
@@ -2517,18 +2477,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` means, or None where `latest` finds none. Raises UserError."""
-    requested, flag = args.resume_from_checkpoint, "--resume_from_checkpoint"
+    requested, latest = args.resume_from_checkpoint, f"--resume_from_checkpoint latest: the run in {args.output_dir}"
     if requested is None:
         return None
     if requested != "latest":
-        with user_errors(f"{flag} {requested}", UserError):
+        with user_errors(f"--resume_from_checkpoint {requested}", UserError):
             return read_checkpoint(Path(requested) if Path(requested).is_dir() else Path(args.output_dir, requested))
     for path in list_checkpoints(args.output_dir):
         try:
             return read_checkpoint(path)
         except UserError as error:
             logger.warning(f"Passed over: {error}")
-    latest = f"{flag} latest: the run in {args.output_dir}"
     if OutputFolder(args.output_dir).record["finished"]:
         go_on = f"give another --output_dir and, to train its LoRA on, --init_lora {args.output_dir}"
         raise UserError(f"{latest} is finished and left no checkpoint, as --checkpointing_steps would: {go_on}")
@@ -2541,7 +2500,9 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
     args, transformer = run.args, load_transformer(run)
     parameters = add_lora(transformer, run)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
-    lr_scheduler = build_lr_scheduler(optimizer, args, plan.max_train_steps)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": plan.max_train_steps}
+    schedule |= {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
     state = TrainingState(transformer, parameters, optimizer, lr_scheduler, scaler, ema_decay=args.ema_decay)
     state.average = [torch.zeros_like(p.data) for p in parameters] if args.ema_decay else []
@@ -3294,7 +3255,7 @@ def next_command(argv: list[str]) -> str:
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output = OutputFolder(args.output_dir)
-    left = [*output.own_files, *(path.name for path in own_checkpoints(output.path))]
+    left = [*output.own_files, *(path.name for path in list_checkpoints(output.path))]
     if not left:
         return
     logs = Path(output.path, args.logging_dir).resolve()
@@ -3472,38 +3433,6 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A bar at a terminal, else a line now and then; and the trackers' metrics."""
-
-    def __init__(self, plan: TrainingPlan, first_update: int, accelerator: Accelerator) -> None:
-        self.plan, self.first_update, self.accelerator = plan, first_update, accelerator
-        hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
-        self.bar = tqdm(desc="steps", total=plan.max_train_steps, initial=first_update, disable=hidden)
-        self.started = self.printed = time.monotonic()
-        self.loss = math.nan  # smoothed over some twenty updates
-
-    def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Note an update that is done."""
-        if math.isfinite(loss):
-            self.loss = loss if math.isnan(self.loss) else self.loss + 0.05 * (loss - self.loss)
-        epoch = self.plan.samples_seen(step) / self.plan.samples_per_epoch
-        metrics = {"loss": loss, "lr": learning_rate, "grad_norm": grad_norm, "epoch": epoch}
-        shown = f"loss {self.loss:.4f}, lr {learning_rate:.3g}"
-        if self.accelerator.device.type == "cuda":
-            metrics["memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            shown += f", memory {metrics['memory_gib']:.1f} GiB"
-        with optional("--report_to"):
-            self.accelerator.log(metrics, step=step)
-        self.bar.set_postfix_str(shown)
-        self.bar.update()
-        now, last = time.monotonic(), self.plan.max_train_steps
-        if self.bar.disable and (now - self.printed > 10 or step in (self.first_update + 1, last)):
-            self.printed = now
-            pace = (now - self.started) / (step - self.first_update)
-            left = pace * (last - step) / 60
-            logger.info(f"step {step}/{last}: {shown}, {pace:.2f} s a step, {left:.0f} min left")
-
-
 def accumulate_gradients(
     state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], run: Run
 ) -> Tensor:
@@ -3527,12 +3456,21 @@ def accumulate_gradients(
     return loss
 
 
-def apply_gradients(state: TrainingState, sums: Tensor, run: Run) -> tuple[float, bool, float]:
-    """Clip the gradients and, where all is finite, step the optimizer; nothing where the run stops amid the update.
+def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run) -> tuple[float, bool, float]:
+    """Add up gradients and loss over the processes, clip, and step the optimizer where all is finite.
 
-    Returns the loss, whether to stop (these are in `sums`), and the norm of the gradients.
+    Returns the loss, whether to stop, as any process may ask, and the norm of the gradients. Nothing changes where the
+    run stops amid the update. Every process holds the whole LoRA, so that one exchange is enough; a wrapped model
+    would average the gradients of each backward pass.
     """
-    assert sums.shape == (2,)
+    for parameter in state.parameters:
+        if parameter.grad is None:  # this process had no sample in the update
+            parameter.grad = torch.zeros_like(parameter)
+    sums = torch.stack([loss, torch.full_like(loss, float(not stopping))])
+    if run.accelerator.num_processes > 1:
+        tensors = [*(parameter.grad for parameter in state.parameters), sums]
+        flat = torch.nn.utils.parameters_to_vector(tensors)
+        torch.nn.utils.vector_to_parameters(run.accelerator.reduce(flat, reduction="sum"), tensors)
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
     loss, going_on, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
@@ -3557,18 +3495,25 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
 
     Returns the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
     """
-    accelerator, data, stop = run.accelerator, validation.data, validation.stop
-    progress, skipped_in_a_row = Progress(data.plan, state.step, accelerator), 0
+    accelerator, plan, stop = run.accelerator, validation.data.plan, validation.stop
+    last, skipped_in_a_row, shown = plan.max_train_steps, 0, {}
     state.transformer.train()
-    with contextlib.closing(data.read(state.step, lambda: stop.number > 0)) as updates:
-        for step, batches in updates:
-            loss = accumulate_gradients(state, data.vae, batches, run)
-            sums = sum_over_processes(state.parameters, loss, stop.number > 0, accelerator)
-            loss, stopping, norm = apply_gradients(state, sums, run)
+    with contextlib.closing(validation.data.read(state.step, lambda: stop.number > 0)) as updates:
+        for step, batches in with_progress(updates, "step", accelerator, last, state.step, shown):
+            loss = accumulate_gradients(state, validation.data.vae, batches, run)
+            loss, stopping, norm = apply_gradients(state, loss, stop.number > 0, run)
             if state.step == step:  # not where its pictures did not come: a resumed run takes it again
                 skipped_in_a_row = 0 if math.isfinite(loss + norm) else skipped_in_a_row + 1
                 group = state.optimizer.param_groups[0]  # Prodigy moves the weights by its estimate d times the rate
-                progress.update(step, loss, norm, group["lr"] * group.get("d", 1.0))
+                metrics = {"loss": loss, "lr": group["lr"] * group.get("d", 1.0), "grad_norm": norm}
+                metrics["epoch"] = plan.samples_seen(step) / plan.samples_per_epoch
+                if accelerator.device.type == "cuda":
+                    metrics["memory_gib"] = torch.cuda.max_memory_reserved() / GIB
+                with optional("--report_to"):
+                    accelerator.log(metrics, step=step)
+                if math.isfinite(loss):
+                    before = shown.get("loss", loss)
+                    shown |= metrics | {"loss": before + 0.05 * (loss - before)}  # smoothed over some twenty updates
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
 
@@ -3578,7 +3523,7 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                 accelerator.wait_for_everyone()
             if stopping:
                 return stop.number or signal.SIGTERM
-            if data.plan.validates(step) and step < data.plan.max_train_steps:
+            if plan.validates(step) and step < last:
                 validation()
     return 0
 
@@ -3638,7 +3583,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Training, and the result: once the LoRA is saved, nothing that comes after it may end the run in another way
     gallery = []
-    with watched("training"), StopSignal(functools.partial(own_checkpoints, args.output_dir)) as stop:
+    with watched("training"), StopSignal(functools.partial(list_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
         validation = Validation(state, data, stop, run)
         validation.write_page()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_dreambooth_lora_z_image as trainer
+from test_compile import make_run
 from tiny import train_args
 
 
@@ -16,14 +17,9 @@ OPTIMIZERS = {"AdamW": {}, "8-bit AdamW": {"use_8bit_adam": True}, "Prodigy": {"
 
 def make_state(model, **flags):
     """A training state of the tiny model on the CPU, at step 0."""
-    args = trainer.parse_args(train_args(model, "pictures", "out", lr_scheduler="cosine", lr_warmup_steps=2, **flags))
-    transformer = trainer.ZImageTransformer2DModel.from_pretrained(model, subfolder="transformer")
-    lora = trainer.read_lora_settings(args, dict(transformer.config))
-    run = SimpleNamespace(args=args, lora=lora, seed=0, accelerator=SimpleNamespace(device=torch.device("cpu")))
-    parameters = trainer.add_lora(transformer.requires_grad_(False), run)
-    optimizer = trainer.build_optimizer(parameters, args, args.learning_rate)
-    lr_scheduler = trainer.build_lr_scheduler(optimizer, args, max_train_steps=10)
-    return trainer.TrainingState(transformer, parameters, optimizer, lr_scheduler, torch.amp.GradScaler(enabled=False))
+    run = make_run(model, **{"lr_scheduler": "cosine", "lr_warmup_steps": 2} | flags)
+    plan = SimpleNamespace(learning_rate=run.args.learning_rate, max_train_steps=10)
+    return trainer.load_training_state(plan, None, run)
 
 
 def take_steps(state, last):

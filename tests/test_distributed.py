@@ -96,9 +96,9 @@ def observe(path, fsdp, change, trainer):
             notes["updates"][-1].append({name: value for name, value in vars(batch).items() if value is not None})
         return original["training_loss"](transformer, vae, batch, *args)
 
-    def sum_over_processes(*args):
+    def apply_gradients(*args):
         notes["updates"].append([])
-        return original["sum_over_processes"](*args)
+        return original["apply_gradients"](*args)
 
     def main(args):
         try:
@@ -114,7 +114,7 @@ def observe(path, fsdp, change, trainer):
 
     original_load, trainer.PipelineInfo.load = trainer.PipelineInfo.load, load
     original_encode, trainer.ZImagePipeline.encode_prompt = trainer.ZImagePipeline.encode_prompt, encode_prompt
-    changed = (decode_image, train, training_loss, sum_over_processes, main)
+    changed = (decode_image, train, training_loss, apply_gradients, main)
     vars(trainer).update({function.__name__: function for function in changed})
     sys.addaudithook(note_writing)
 

@@ -17,6 +17,7 @@ import torch
 import train_dreambooth_lora_z_image as trainer
 from flags import TESTED, WITHOUT_EFFECT
 from running import ROOT, SCRIPT, run_here
+from test_checkpoint import make_state
 from test_compile import gradients, make_batch, make_run, prepare
 from tiny import build_tiny_pipeline, train_args
 
@@ -286,7 +287,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(norm, tiny_model):
     parameter.grad = torch.tensor([3.0, 4.0])
     run.accelerator.unscale_gradients = lambda optimizer: None
     state = trainer.TrainingState(None, [parameter], optimizer, schedule, torch.amp.GradScaler(enabled=False))
-    *_, logged = trainer.apply_gradients(state, torch.tensor([0.0, 1.0]), run)
+    *_, logged = trainer.apply_gradients(state, torch.tensor(0.0), False, run)
     assert logged == pytest.approx(5.0)
     assert parameter.norm().item() == pytest.approx(min(5.0, norm), rel=1e-4)
 
@@ -307,15 +308,12 @@ def two_cosines(step, total=10, warmup=2):
         ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, two_cosines),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(flags, rate):
-    args = parsed(**flags, lr_warmup_steps=2)
-    optimizer = trainer.build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1.0)
-    scheduler = trainer.build_lr_scheduler(optimizer, args, 10)
-    rates = []
+def test_the_learning_rate_follows_its_schedule(flags, rate, tiny_model):
+    state, rates = make_state(tiny_model, **flags, learning_rate=1.0), []
     for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        state.optimizer.step()
+        state.lr_scheduler.step()
     assert rates == pytest.approx([rate(step) for step in range(10)], abs=1e-6)
 
 

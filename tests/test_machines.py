@@ -423,6 +423,16 @@ def test_no_step_stands_twice_in_the_logs_of_a_resumed_run(train, tmp_path, monk
     assert steps == [1, 2, 3, 4, 5]
 
 
+def test_the_loss_is_logged_as_it_is_and_shown_smoothed(train, tmp_path, monkeypatch):
+    """One bad loss hardly shows, one that is not finite not at all; the trackers get every one."""
+    original, losses = trainer.training_loss, [1.0, 1.0, 5.0, math.inf]
+    values = iter(losses)
+    monkeypatch.setattr(trainer, "training_loss", lambda *args: 0 * original(*args) + next(values))
+    status, output = train(report_to="tensorboard", max_train_steps=4)
+    assert status == 0 and " loss=1.2," in output.partition("step 4/4: ")[2].splitlines()[0]
+    assert [event.value for event in events(tmp_path / "out").scalars["loss"]] == losses
+
+
 def test_a_resumed_run_goes_on_with_the_run_of_its_tracker(train, tmp_path, monkeypatch):
     started = []
 
@@ -823,7 +833,7 @@ def test_fp16_is_scaled_skips_what_is_not_finite_and_keeps_its_scale_in_checkpoi
     for factor in (1.0, float("inf")):
         loss = state.scaler.scale(sum(parameter.sum() for parameter in state.parameters) * factor)
         loss.backward()
-        norm = trainer.apply_gradients(state, torch.stack([loss.detach(), torch.ones(())]), run)[2]
+        norm = trainer.apply_gradients(state, loss.detach(), False, run)[2]
         assert math.isfinite(norm) == (factor == 1.0)
         if factor == 1.0:
             assert norm == pytest.approx(sum(p.numel() for p in state.parameters) ** 0.5)  # of the gradients unscaled

@@ -494,8 +494,7 @@ def masked_examples(folder, **flags):
 def test_what_a_mask_leaves_out_moves_the_weights_by_a_fraction_of_the_rest(unmasked):
     masks = torch.zeros(2, 1, 4, 4)
     masks[0, :, :, :1], masks[1, :, :3] = 1, 1
-    weights = trainer.mask_weights(masks, unmasked)
-    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(2))
+    weights = unmasked + (1 - unmasked) * masks
     velocity = torch.zeros(2, 16, 4, 4, requires_grad=True)
     losses = trainer.flow_matching_loss(
         velocity, torch.ones(2, 16, 4, 4), torch.zeros(2, 16, 4, 4), torch.full((2,), 0.5), "none", weights
@@ -506,8 +505,11 @@ def test_what_a_mask_leaves_out_moves_the_weights_by_a_fraction_of_the_rest(unma
         assert gradient[mask == 1].min() == gradient[mask == 1].max() > 0
 
 
-def test_a_crop_in_which_nothing_weighs_anything_teaches_nothing():
-    assert trainer.mask_weights(torch.zeros(1, 1, 4, 4), 0.0).tolist() == torch.zeros(1, 1, 4, 4).tolist()
+def test_a_crop_in_which_nothing_weighs_anything_teaches_nothing_and_an_even_mask_what_none_does():
+    velocity, latents, noise = torch.randn(3, 1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    masks = (torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.3), None)
+    losses = [trainer.flow_matching_loss(velocity, latents, noise, torch.ones(1), "none", mask) for mask in masks]
+    assert losses[0].item() == 0 and losses[1].item() == pytest.approx(losses[2].item())
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -551,7 +553,7 @@ def test_pictures_without_a_mask_weigh_1_everywhere(tmp_path):
     paint(tmp_path / "a.jpg")
     (example,) = masked_examples(tmp_path)
     pixels = trainer.fit_to_bucket(trainer.load_picture(example), (16, 16), (0.5, 0.5), False)
-    assert trainer.mask_weights(pixels[None, 3:] / 2 + 0.5, 0.1).unique().tolist() == [1.0]
+    assert pixels[3].unique().tolist() == [1.0]
 
 
 def test_the_colours_of_a_masked_picture_are_those_without_the_flag(tmp_path):

@@ -281,19 +281,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def empty(path):
-    shutil.rmtree(path)
-    path.mkdir()
-
-
 DAMAGE = {
     "truncated state": lambda path: truncate(path / STATE),
     "truncated LoRA": lambda path: truncate(path / LORA),
     "bit flipped in the LoRA": lambda path: flip_a_bit(path / LORA, 0.9),
     "bit flipped in the state": lambda path: flip_a_bit(path / STATE, 0.9),
     "no LoRA": lambda path: (path / LORA).unlink(),
-    "no manifest": lambda path: (path / "manifest.json").unlink(),
-    "empty folder": empty,
     "manifest cut": lambda path: truncate(path / "manifest.json"),
     "manifest empty": lambda path: (path / "manifest.json").write_bytes(b""),
     "manifest not JSON": lambda path: (path / "manifest.json").write_text("step 3"),

@@ -374,11 +374,10 @@ def test_threads_end_when_they_are_closed(reader):
     before = {*threading.enumerate()}
     reading = reader(loaded, range(100), 3)
     next(reading)
-    threads = {*threading.enumerate()} - before
     reading.close()
-    for thread in threads:
+    for thread in {*threading.enumerate()} - before:
         thread.join(30)
-    assert len(threads) == 3 and not any(thread.is_alive() for thread in threads)
+        assert not thread.is_alive()
 
 
 def stick_after_six(trainer):

@@ -154,14 +154,11 @@ class Measured:
         ):
             self.originals[name] = original = getattr(trainer, name)
             setattr(trainer, name, functools.partial(getattr(self, name), original))
-        self.update = trainer.Progress.update
-        trainer.Progress.update = lambda progress, *values: (self.note_step(), self.update(progress, *values))
         return self
 
     def __exit__(self, *error):
         for name, original in self.originals.items():
             setattr(trainer, name, original)
-        trainer.Progress.update = self.update
 
     def plan_memory(self, original, *arguments):
         run, watched = original(*arguments)
@@ -191,18 +188,17 @@ class Measured:
     def apply_gradients(self, original, state, *arguments):
         if self.gradient is None:
             self.gradient = torch.cat([parameter.grad.flatten() for parameter in state.parameters]).double().cpu()
-        return original(state, *arguments)
+        result = original(state, *arguments)
+        self.ends.append(time.perf_counter())
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated() / 2**30
+        return result
 
     def draw_latents(self, original, *arguments):
         started = time.perf_counter()
         images = original(*arguments)
         self.draws.append(time.perf_counter() - started)
         return images
-
-    def note_step(self):
-        self.ends.append(time.perf_counter())
-        if torch.cuda.is_available():
-            self.peak = torch.cuda.max_memory_allocated() / 2**30
 
 
 class Benchmark:

@@ -76,7 +76,8 @@ def train(args, decays, name, seed):
     lora, cpu = trainer.read_lora_settings(args, dict(transformer.config)), SimpleNamespace(device=torch.device("cpu"))
     parameters = trainer.add_lora(transformer, SimpleNamespace(args=args, lora=lora, seed=seed, accelerator=cpu))
     optimizer = trainer.build_optimizer(parameters, args, args.learning_rate)
-    lr_scheduler = trainer.build_lr_scheduler(optimizer, args, args.max_train_steps)
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = trainer.get_scheduler(args.lr_scheduler, optimizer, **steps)
     sigmas = trainer.training_sigmas(pipeline.scheduler, args.timestep_shift)
     generator, order = torch.Generator().manual_seed(seed), []
     averages = {decay: [torch.zeros_like(p) for p in parameters] for decay in decays}
