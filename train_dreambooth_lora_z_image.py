@@ -407,11 +407,11 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
 
 def read_arguments(path: Path) -> list[str]:
-    """The words of an `@file`, in which # begins a comment. Raises UserError."""
+    """The words of an `@file`, in which a word that begins with # begins a comment. Raises UserError."""
     words = []
     for line in read_text(path).splitlines():
-        lexer = shlex.shlex(line, posix=True)
-        lexer.whitespace_split, lexer.escape = True, "" if WINDOWS else "\\"
+        lexer = shlex.shlex(re.sub(r"""("(\\.|[^"\\])*"|'[^']*'|\\.)|(?<!\S)#.*""", r"\1", line), posix=True)
+        lexer.whitespace_split, lexer.escape, lexer.commenters = True, "" if WINDOWS else "\\", ""
         with user_errors(f"{path}: {line!r}", ValueError):  # an open quote
             words += lexer
     return words
@@ -1336,7 +1336,8 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
-    warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # PEFT, at every int8 layer: it cannot merge it
+    # PEFT: int8 layers cannot be merged, and --base_adapter is a second one. torch: the first update was skipped.
+    warnings.filterwarnings("ignore", ".*(get_apply_tensor_subclass|`peft_config` attribute|`lr_scheduler.step)")
     warnings.filterwarnings("ignore", ".*complex operators")  # Inductor, of the rotary embedding, which it leaves be
     check_machine(args, accelerator)
     if args.allow_tf32:
@@ -1816,21 +1817,23 @@ ADAPTER_KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "
 def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
     """A LoRA of diffusers, ComfyUI or kohya: float32 matrices by PEFT's names, {module: alpha}. Raises UserError."""
     header, known, state, alphas = safetensors_header(path), names_in_files(linear), {}, {}
-    for name, tensor in load_file(path).items():
+    for name, tensor in (load_file(path) or {"nothing": None}).items():
         match = LORA_NAME.fullmatch(name)
         modules = match and known.get(match[1].replace(".", "_"))
         if not modules:
             kind = next(kind for part, kind in ADAPTER_KINDS.items() if part in name)
             raise UserError(f"{path} is {kind}: it holds {name}")
+        if not (tensor := tensor.float()).isfinite().all():
+            raise UserError(f"{path} is broken: its {name} has infinite numbers, or NaN")
         part = {1: "alpha", 2: "lora_A.weight", 3: "lora_B.weight"}[match.lastindex]
-        parts = tensor.float().chunk(len(modules)) if part == "lora_B.weight" else [tensor.float()] * len(modules)
+        parts = tensor.chunk(len(modules)) if part == "lora_B.weight" else [tensor] * len(modules)
         state |= {f"{module}.{part}": one for module, one in zip(modules, parts, strict=True)}
     saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
     saved = {name.removeprefix("transformer."): value for name, value in saved.items()}
     for module in sorted({name.removesuffix(".weight").rpartition(".")[0] for name in state}):
         down, up = (state.get(f"{module}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
-        shape = (down.shape[1], up.shape[0])
-        if shape != linear[module] or len(down) != up.shape[1]:
+        shape = (*down.shape[1:], *up.shape[:1])
+        if shape != linear[module] or down.shape[:1] != up.shape[1:]:
             raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {linear[module]}")
         patterns = saved.get("alpha_pattern", {}).items()
         by_pattern = next((alpha for end, alpha in patterns if re.search(rf"(^|\.){end}$", module)), None)
@@ -3618,6 +3621,7 @@ def run_command_line() -> int:
         if getattr(sys, name) is None:  # closed: or the next file to be opened would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     logging.raiseExceptions = False  # of a standard error that is full or closed
+    threading.excepthook = lambda thread: error_once(f"--report_to failed ({first_line(thread.exc_value)})")
     try:
         main(parse_args())
         return 0

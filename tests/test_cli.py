@@ -120,7 +120,8 @@ ARGUMENTS_FILE = """\
 --instance_prompt="一只sks狗的照片"   # a photo of sks dog
 
 --rank=8
---lora_alpha 16
+--lora_alpha 16  # the dog's
+--output_dir=dog#2
 --validation_prompt='dog #1 in a bucket'
 --cache_latents
 """
@@ -130,7 +131,8 @@ ARGUMENTS_FILE = """\
 def test_arguments_come_from_a_file(mark, tmp_path):
     file = tmp_path / "dog.args"
     file.write_text(mark + ARGUMENTS_FILE, encoding="utf-8")
-    typed = ["--rank=8", "--lora_alpha=16", "--validation_prompt=dog #1 in a bucket", "--cache_latents"]
+    typed = ["--rank=8", "--lora_alpha=16", "--output_dir=dog#2", "--cache_latents"]
+    typed.append("--validation_prompt=dog #1 in a bucket")
     from_file = trainer.parse_args([*REQUIRED, f"@{file}"])
     assert from_file == trainer.parse_args([*REQUIRED, "--instance_prompt=一只sks狗的照片", *typed])
 

@@ -1,6 +1,7 @@
 """What people bring along and take away: LoRAs of other programs, whole transformers in a file, the files written."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -183,6 +184,11 @@ def test_what_differs_from_the_file_or_cannot_be_trained_on_is_refused_with_both
     assert f"a LoRA of another model: it holds {flux}" in refusal({flux: torch.ones(4, 8)})
     other = as_kohya({m: (down[:, :16], up) for m, (down, up) in lora.items()}, 2.0)[0]
     assert "a LoRA of another model: its " in refusal(other)
+    convolution = as_kohya({m: (down[..., None, None], up) for m, (down, up) in lora.items()}, 2.0)[0]
+    assert "(32, 1, 1, 32), not (32, 32)" in refusal(convolution)
+    assert "no LoRA: it holds nothing" in refusal({})
+    alpha = "lora_unet_layers_0_attention_to_q.alpha"
+    assert f"is broken: its {alpha} has infinite numbers, or NaN" in refusal(kohya | {alpha: torch.tensor(math.nan)})
     assert "no LoRA: it holds layers.0.attention.to_q.weight" in refusal({f"{ATTENTION}.to_q.weight": torch.ones(2)})
 
 

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,7 @@ def train(monkeypatch, tiny_model, shared_photos, tmp_path, capfd):
         return status, output
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(trainer, "RENAMING_PAUSES", (0, 0))
     monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 0.0})  # takes seconds in a dry run
     yield run
@@ -125,11 +127,18 @@ def test_what_comes_after_the_lora_may_break(broken, train, tmp_path, monkeypatc
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
 
 
-def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.Accelerator, "log", break_something)
+def break_in_a_thread(*args, **kwargs):
+    thread = threading.Thread(target=break_something)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("log", [break_something, break_in_a_thread])
+def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(log, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Accelerator, "log", log)
     monkeypatch.setattr(trainer.Accelerator, "end_training", break_something)
     status, output = train(max_train_steps=3)
-    assert status == 0 and output.count("--report_to failed (it broke)") == 1
+    assert status == 0 and output.count("--report_to failed (it broke)") == len({log, break_something})
     assert (tmp_path / "out" / LORA).is_file()
 
 
