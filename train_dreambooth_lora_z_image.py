@@ -1272,9 +1272,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         del os.environ[name]  # accelerate would read a number from the empty text
     is_set = accelerate.utils.parse_flag_from_env
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher_precision == "fp8" or is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
+    if launcher_precision not in DTYPES or is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
         instead = "take bf16 and --do_fp8_training, or configs/fsdp.yaml"
-        raise UserError(f"the accelerate config asks for fp8 of all weights, DeepSpeed or Megatron: {instead}")
+        raise UserError(f"the accelerate config asks for DeepSpeed, Megatron or {launcher_precision!r}: {instead}")
     float8 = args.base_model_precision == "fp8" and launcher_precision == "no"
     precision = args.mixed_precision or ("bf16" if float8 else None)  # float8 products give bf16 in any case
     gpu = torch.accelerator.current_accelerator()
@@ -1287,7 +1287,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     for name in {*trackers} - {"all", *map(str, get_available_trackers())}:
         known = ", ".join(LOGGER_TYPE_TO_CLASS)
         raise UserError(f"--report_to {name} is unknown or missing: pip install {name}, or take one of {known}")
-    with user_errors(f"--mixed_precision {precision or launcher_precision}", ValueError, ImportError, RuntimeError):
+    what = f"--mixed_precision {precision or launcher_precision}, or the launcher's config or variables"
+    with user_errors(what, ValueError, ImportError, RuntimeError):
         accelerator = Accelerator(
             mixed_precision=precision,
             log_with=trackers or None,
@@ -1689,12 +1690,10 @@ def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = No
         kind = next(kind for part, kind in MODEL_KINDS.items() if part in " ".join(header))
         raise UserError(f"{path} is {kind}: it holds {min(header, default='nothing')}")
     names = [name for name in header if name.startswith(prefix) and not name.endswith(NO_WEIGHTS)]
-    with safe_open(path, "pt") as file:
+    with user_errors(f"{path}: what it says of its formats is not JSON", ValueError), safe_open(path, "pt") as file:
         # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
         notes = [json.loads(bytes(file.get_tensor(n).tolist())) for n in header if n.endswith(".comfy_quant")]
-        formats = {note.get("format") for note in (*layers.values(), *notes)} | {
-            header[name]["dtype"] for name in names
-        }
+        formats = {note.get("format") for note in (*layers.values(), *notes)} | {header[n]["dtype"] for n in names}
         if other := ", ".join(map(str, formats - FORMATS)):
             raise UserError(f"{path} stores weights as {other}: give a bf16, fp16 or fp8 file")
         with torch.device("meta"):
@@ -1707,9 +1706,12 @@ def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = No
             weight = torch.cat([expected[part] for part in own])
             if (found := header[name]["shape"]) != list(weight.shape):
                 raise UserError(f"{path} is a model of another size: its {name} is {found}, not {list(weight.shape)}")
+            scales = {name.removesuffix("weight") + end for end in SCALES} & header.keys()
+            if any(math.prod(header[scale]["shape"]) not in (1, len(weight)) for scale in scales):
+                raise UserError(f"{path} has scales for blocks of {name}: give one with a scale for each row")
             if dtype:
                 weight = file.get_tensor(name)
-                for scale in {name.removesuffix("weight") + end for end in SCALES} & header.keys():
+                for scale in scales:
                     weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)  # one, or one for each row
                 weight = weight.to(dtype)
             state |= zip(own, weight.chunk(len(own)), strict=True)

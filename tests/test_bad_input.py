@@ -334,11 +334,18 @@ def test_a_picture_that_goes_bad_during_training_ends_it_with_one_line(threads, 
     error_line(finished, "cat.png")
 
 
-@pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
-def test_a_config_that_shards_in_another_way_is_refused(library, tiny_model, photos, tmp_path):
-    env = {f"ACCELERATE_USE_{library}": "true"}
-    finished = answer(*train_args(tiny_model, photos, tmp_path / "out"), env=env)
-    error_line(finished, "configs/fsdp.yaml")
+@pytest.mark.parametrize(
+    ("variable", "value", "answers"),
+    [
+        ("USE_DEEPSPEED", "true", "configs/fsdp.yaml"),
+        ("USE_MEGATRON_LM", "true", "configs/fsdp.yaml"),
+        ("MIXED_PRECISION", "fp64", "or 'fp64'"),
+        ("DYNAMO_BACKEND", "nothing", "the launcher's config or variables: 'NOTHING' is"),
+    ],
+)
+def test_a_config_of_the_launcher_that_cannot_be_followed_is_refused(variable, value, answers, tiny_model, tmp_path):
+    env = {f"ACCELERATE_{variable}": value}
+    error_line(answer(*train_args(tiny_model, tmp_path, tmp_path / "out"), env=env), answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_what_differs_from_the_file_or_cannot_be_trained_on_is_refused_with_both
     other = as_kohya({m: (down[:, :16], up) for m, (down, up) in lora.items()}, 2.0)[0]
     assert "a LoRA of another model: its " in refusal(other)
     convolution = as_kohya({m: (down[..., None, None], up) for m, (down, up) in lora.items()}, 2.0)[0]
-    assert "(32, 1, 1, 32), not (32, 32)" in refusal(convolution)
+    assert "(48, 1, 1, 48), not (48, 48)" in refusal(convolution)
     assert "no LoRA: it holds nothing" in refusal({})
     alpha = "lora_unet_layers_0_attention_to_q.alpha"
     assert f"is broken: its {alpha} has infinite numbers, or NaN" in refusal(kohya | {alpha: torch.tensor(math.nan)})
@@ -429,6 +429,10 @@ def test_a_file_of_anything_else_is_refused_for_what_it_is(weights, config, tiny
         assert f"stores weights as {form}: give" in refusal(scaled | comfy_quant(scaled, form))
         layers = {"layers": {"layers.0.attention.qkv": {"format": form}}}
         assert f"stores weights as {form}: give" in refusal(scaled, {"_quantization_metadata": json.dumps(layers)})
+    blocks = {name: torch.ones(3, 3) for name in scaled if name.endswith("weight_scale")}
+    assert "has scales for blocks of " in refusal(scaled | blocks)
+    note = {"layers.0.attention.qkv.comfy_quant": torch.tensor([*b"{no"], dtype=torch.uint8)}
+    assert "what it says of its formats is not JSON" in refusal(scaled | note)
     assert "stores weights as I8: give" in refusal(weights | {f"{ATTENTION}.to_q.weight": one.to(torch.int8)})
     lacking = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
     assert "another model: it lacks layers.1." in refusal(original_names(lacking))
