@@ -2074,6 +2074,8 @@ class TrainingPlan:
     def __init__(self, examples: Examples, tokens: dict[str, list[int]], run: Run) -> None:
         self.examples, self.tokens, self.run, args = examples, tokens, run, run.args
         self.slots = [example for example in examples["instance"] for _ in range(example.repeats)]
+        drawn = {example.name for example in examples.get("class", [])}
+        self.missing_class_images = max(0, args.num_class_images - len(drawn)) if "class" in examples else 0
         self.samples_per_epoch = len(self.slots)
         processes = run.accelerator.num_processes
         self.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
@@ -2748,17 +2750,14 @@ class MemoryCounter(FakeTensorMode):
             self.depth -= 1
         for tensor in tree_leaves(result) if not self.depth else ():  # not of what an operation is made of
             if isinstance(tensor, FakeTensor) and tensor.fake_device == COUNTED:
-                self.see(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                address, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+                if address not in self.storages:  # each counts once, until nothing refers to it
+                    self.storages.add(address)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.forget, address, size)
         return result
-
-    def see(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage, once, until nothing refers to it."""
-        address, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-        if address not in self.storages:
-            self.storages.add(address)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, address, size)
 
     def forget(self, address: int, size: int) -> None:
         self.storages.remove(address)
@@ -2824,48 +2823,6 @@ def counted_run(run: Run) -> Run:
     return dataclasses.replace(run, **changes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The largest shapes that meet in each stage."""
-
-    prompt: int  # tokens of the longest prompt
-    batch: int  # samples of the largest micro-batch,
-    tokens: int  # the tokens of its captions
-    bucket: Size  # and its size
-    accumulates: bool  # whether gradients are there while a micro-batch goes through
-    largest: Size  # of all pictures that are encoded
-    held_out: Size | None = None
-    drawn: Size | None = None  # the largest of the pictures for validation
-    class_picture: Size | None = None  # where some are to be drawn
-
-
-def find_shapes(plan: TrainingPlan, missing_class_images: int, run: Run) -> Shapes:
-    """The shapes of the run, of which the first 100 updates stand for all."""
-    args, examples = run.args, plan.examples
-    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
-    class_picture = drawing_of(args.class_prompt, args, own=True).size if missing_class_images else None
-    if missing_class_images and not examples["class"]:
-        one = {"kind": "class", "caption": args.class_prompt, "bucket": class_picture}
-        examples = examples | {"class": [dataclasses.replace(examples["instance"][0], **one)]}
-    plan = TrainingPlan(examples, plan.tokens, run)
-    updates = [plan.micro_batches(step) for step in range(min(plan.max_train_steps, 100))]
-    keys = {(len(batch), *plan.key(batch[0])) for update in updates for batch in update}
-    count, height, width, tokens = max(
-        keys, key=lambda key: key[0] * (key[1] * key[2] / SIZE_MULTIPLE**2 + 32 * key[3])
-    )
-    return Shapes(
-        prompt=max(map(len, plan.tokens.values())),
-        batch=count,
-        tokens=tokens * TOKEN_MULTIPLE,
-        bucket=(height, width),
-        accumulates=max(map(len, updates)) > 1,
-        largest=max((example.bucket for kind in examples for example in examples[kind]), key=math.prod),
-        held_out=max((example.bucket for example in examples.get("held-out", [])), key=math.prod, default=None),
-        drawn=max((drawing.size for drawing in drawings), key=math.prod, default=None),
-        class_picture=class_picture,
-    )
-
-
 def fake_batch(size: int, bucket: Size, tokens: int, run: Run, encoded: bool = True) -> MicroBatch:
     """A micro-batch of `size` samples, of latents or of pixels."""
     noise = torch.empty(size, *run.pipeline.latent_shape(bucket), device=COUNTED)
@@ -2904,59 +2861,83 @@ def draw_once(transformer: ZImageTransformer2DModel, size: Size, tokens: int, st
     load_vae(run).to(COUNTED).decode(batch.noise)
 
 
-def run_stages(shapes: Shapes, processes: int, run: Run, counter: MemoryCounter) -> Iterator[str]:
+def largest_micro_batch(plan: TrainingPlan, run: Run) -> tuple[int, Size, int, bool]:
+    """Its samples, size and tokens, in the run's first 100 updates; and whether some of them has several."""
+    examples, updates = plan.examples, []
+    if plan.missing_class_images and not examples["class"]:
+        own = {"kind": "class", "caption": run.args.class_prompt, "bucket": drawing_of("", run.args, own=True).size}
+        examples = examples | {"class": [dataclasses.replace(examples["instance"][0], **own)]}
+    plan = TrainingPlan(examples, plan.tokens, run)
+    for step in range(min(plan.max_train_steps, 100)):
+        updates.append([(len(batch), *plan.key(batch[0])) for batch in plan.micro_batches(step)])
+    sizes = {n * (h * w / SIZE_MULTIPLE**2 + t * TOKEN_MULTIPLE): (n, h, w, t) for n, h, w, t in sum(updates, [])}
+    number, height, width, tokens = sizes[max(sizes)]
+    return number, (height, width), tokens * TOKEN_MULTIPLE, max(map(len, updates)) > 1
+
+
+def run_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
     """One step, or one picture, of each stage but the text encoder's, sharded; yields its name at its end."""
-    args = run.args
-    if encoded := shapes.largest if args.cache_latents else shapes.held_out:
-        encode_images(load_vae(run), torch.empty(1, 3, *encoded, device=COUNTED), run)
+    args, examples, prompt = fake.args, plan.examples, max(map(len, plan.tokens.values()))
+    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
+    class_sizes = [drawing_of("", args, own=True).size] if plan.missing_class_images else []
+    held_out = [e.bucket for e in examples.get("held-out", [])]
+    encoded = (
+        [*class_sizes, *(e.bucket for kind in examples for e in examples[kind])] if args.cache_latents else held_out
+    )
+    if encoded:
+        encode_images(load_vae(fake), torch.empty(1, 3, *max(encoded, key=math.prod), device=COUNTED), fake)
         yield "VAE"
-    if shapes.class_picture:
-        drawing = load_transformer(run, args.prior_generation_precision)
-        draw_once(drawing, shapes.class_picture, shapes.prompt, False, run)
+    if class_sizes:
+        drawing = load_transformer(fake, args.prior_generation_precision)
+        draw_once(drawing, class_sizes[0], prompt, False, fake)
         del drawing
         yield "class pictures"
-    transformer = load_transformer(run)
-    # FSDP gathers a block while the one before it computes.
-    counter.live = counter.peak = counter.live * min(1, 1 / processes + 2 / len(transformer_blocks(transformer)))
-    parameters = add_lora(transformer, run)
+    transformer = load_transformer(fake)
+    if run.sharded:  # FSDP gathers a block while the one before it computes
+        share = 1 / run.accelerator.num_processes + 2 / len(transformer_blocks(transformer))
+        counter.live = counter.peak = counter.live * min(1, share)
+    parameters = add_lora(transformer, fake)
     optimizer = build_optimizer(parameters, args, args.learning_rate)
-    vae = None if args.cache_latents else load_vae(run)
+    vae = None if args.cache_latents else load_vae(fake)
     average = [torch.zeros_like(parameter) for parameter in parameters] if args.ema_decay else []  # noqa: F841
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    if not shapes.accumulates:
+    number, bucket, tokens, accumulates = largest
+    if not accumulates:
         optimizer.zero_grad()
-    batch = fake_batch(shapes.batch, shapes.bucket, shapes.tokens, run, encoded=args.cache_latents)
-    training_loss(transformer.train(), vae, batch, args.weighting_scheme, run).backward()
+    batch = fake_batch(number, bucket, tokens, fake, encoded=args.cache_latents)
+    training_loss(transformer.train(), vae, batch, args.weighting_scheme, fake).backward()
     optimizer.zero_grad()
     del batch
     yield "training"
-    if shapes.held_out:
+    if held_out:
         with eval_mode(transformer):
-            training_loss(transformer, None, fake_batch(1, shapes.held_out, shapes.tokens, run), "none", run)
+            training_loss(transformer, None, fake_batch(1, max(held_out, key=math.prod), tokens, fake), "none", fake)
         yield "held out"
-    if shapes.drawn:
-        other = bool(args.validation_model_path)
+    if drawings:
+        size, other = max((drawing.size for drawing in drawings), key=math.prod), bool(args.validation_model_path)
         with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
-            drawing = with_same_lora(transformer, run) if other else transformer
-            draw_once(drawing, shapes.drawn, shapes.prompt, drawing is transformer, run)
+            drawing = with_same_lora(transformer, fake) if other else transformer
+            draw_once(drawing, size, prompt, drawing is transformer, fake)
         yield "pictures"
 
 
-def count_memory(shapes: Shapes, run: Run) -> dict[str, float]:
-    """{stage: highest number of bytes of its tensors on the device}, each stage's models being freed before the next.
+def count_memory(plan: TrainingPlan, run: Run, last: str = "") -> dict[str, float]:
+    """{stage: highest number of bytes of its tensors on the device} up to the `last`, each freed before the next.
 
     Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
     nor is what the allocator cannot use for want of a piece that is large enough.
     """
-    processes, fake = run.accelerator.num_processes if run.sharded else 1, counted_run(run)
-    encoder = count_text_encoder(shapes.prompt, run.encoder_dtype, fake.args.offload, run.pipeline)
-    counted = {"text encoder": encoder / (processes if run.args.fsdp_text_encoder else 1)}
+    fake, largest, prompt = counted_run(run), largest_micro_batch(plan, run), max(map(len, plan.tokens.values()))
+    encoder = count_text_encoder(prompt, run.encoder_dtype, fake.args.offload, run.pipeline)
+    counted = {"text encoder": encoder / (run.accelerator.num_processes if run.args.fsdp_text_encoder else 1)}
     with counting() as counter:
-        for stage in run_stages(shapes, processes, fake, counter):
+        for stage in run_stages(plan, largest, run, fake, counter):
             release_memory()
             counted[stage], counter.peak = counter.peak, counter.live
+            if stage == last:
+                break
     return counted
 
 
@@ -2991,7 +2972,7 @@ def room_for_tensors(run: Run) -> float:
     return free / FRAGMENTATION
 
 
-def suggest_flags(shapes: Shapes, run: Run) -> str:
+def suggest_flags(plan: TrainingPlan, run: Run) -> str:
     """Log what the largest stage takes with each flag and, where none of them makes it fit, with several.
 
     Returns those that would fit, as a sentence.
@@ -3006,25 +2987,24 @@ def suggest_flags(shapes: Shapes, run: Run) -> str:
         other = argparse.Namespace(**vars(args) | changes)
         fraction = changes.get("gradient_checkpointing", run.fraction)
         with contextlib.suppress(UserError, ImportError):  # where the flag cannot be had here
-            smaller = dataclasses.replace(shapes, batch=min(shapes.batch, other.train_batch_size))
-            size = max(count_memory(smaller, dataclasses.replace(run, args=other, fraction=fraction)).values())
+            size = max(count_memory(plan, dataclasses.replace(run, args=other, fraction=fraction)).values())
             logger.info(f"  with {flags}: {size / GIB:.2f} at most in all")
             fitting += [f"{flags} ({size / GIB:.1f} GiB)"] if size <= room else []
     return f"These would fit: {', '.join(fitting)}" if fitting else "No flags would do: lower --resolution"
 
 
-def choose_fraction(shapes: Shapes, run: Run) -> float:
+def choose_fraction(plan: TrainingPlan, run: Run) -> float:
     """The smallest fraction of recomputed blocks whose training fits: what `--gradient_checkpointing auto` means."""
     blocks = run.pipeline.transformer_config["n_layers"] + 2 * run.pipeline.transformer_config["n_refiner_layers"]
-    room, shapes = room_for_tensors(run), dataclasses.replace(shapes, held_out=None, drawn=None, class_picture=None)
+    room = room_for_tensors(run)
 
     def count(number: int) -> float:
-        return count_memory(shapes, dataclasses.replace(run, fraction=(number + 0.01) / blocks))["training"]
+        other = dataclasses.replace(run, fraction=(number + 0.01) / blocks)
+        return count_memory(plan, other, last="training")["training"]
 
-    number, least = 0, count(0)
-    if least > room:  # memory is linear in the number of blocks, but for the last
-        share = (least - room) / max(1, least - count(blocks))
-        number = min(blocks, math.ceil(blocks * share))
+    number, most = 0, count(0)
+    if most > room:  # memory is linear in the number of blocks, but for the last
+        number = min(blocks, math.ceil(blocks * (most - room) / max(1, most - count(blocks))))
         while number < blocks and count(number) > room:
             number += 1
     number = max(gather_object([number]))  # the same in all processes
@@ -3033,52 +3013,44 @@ def choose_fraction(shapes: Shapes, run: Run) -> float:
 
 
 @contextlib.contextmanager
-def out_of_memory_said(stage: str, counted: dict[str, float], shapes: Shapes | None, run: Run) -> Iterator[None]:
-    """Where a stage runs out of memory: what was planned, what was free, and which flags would fit.
-
-    Raises TrainingError.
-    """
-    room, cause, device = room_for_tensors(run), "", run.accelerator.device
+def out_of_memory_said(stage: str, counted: dict[str, float], plan: TrainingPlan, run: Run) -> Iterator[None]:
+    """Raises TrainingError where a stage runs out of memory: what was planned and free, and what flags would fit."""
+    room, device = room_for_tensors(run), run.accelerator.device
     try:
-        yield
+        return (yield)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         cause = first_line(error)
     release_memory()  # of the stage; outside of the handler, where the error no longer holds tensors
-    if cause:
-        text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
-        text += f"{room / GIB:.1f} were free for tensors when it began"
-        if device.type == "cuda":
-            left, total = torch.cuda.mem_get_info(device)
-            others = total - left - torch.cuda.memory_reserved(device)
-            text += f", other processes and the context hold {others / GIB:.1f}"
-        suggestion = suggest_flags(shapes, run) if shapes else "See --dry_run for what takes less"
-        raise TrainingError(f"out of memory in {stage}: {text} ({cause}). {suggestion}")
+    text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
+    text += f"{room / GIB:.1f} were free for tensors when it began"
+    if device.type == "cuda":
+        left, total = torch.cuda.mem_get_info(device)
+        others = total - left - torch.cuda.memory_reserved(device)
+        text += f", other processes and the context hold {others / GIB:.1f}"
+    raise TrainingError(f"out of memory in {stage}: {text} ({cause}). {suggest_flags(plan, run)}")
 
 
-def plan_memory(
-    plan: TrainingPlan, missing_class_images: int, run: Run
-) -> tuple[Run, Callable[[str], contextlib.AbstractContextManager]]:
+def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, Callable[[str], contextlib.AbstractContextManager]]:
     """Say what memory each stage takes, in a dry run and before a run on an accelerator.
 
     Returns the run with what `--gradient_checkpointing auto` chose, and a context for the stages by name.
     """
-    shapes, counted, automatic = None, {}, run.args.gradient_checkpointing == "auto"
+    counted, automatic = {}, run.args.gradient_checkpointing == "auto"
+    if automatic:
+        run = dataclasses.replace(run, fraction=choose_fraction(plan, run))
     if run.args.dry_run or automatic or run.accelerator.device.type != "cpu":
-        shapes = find_shapes(plan, missing_class_images, run)
-        if automatic:
-            run = dataclasses.replace(run, fraction=choose_fraction(shapes, run))
-        counted, room = count_memory(shapes, run), room_for_tensors(run)
+        counted, room = count_memory(plan, run), room_for_tensors(run)
         at_most = {"training": " at most"} if run.compiled else {}
         sizes = [f"{stage}{at_most.get(stage, '')} {size / GIB:.2f}" for stage, size in counted.items()]
         logger.info(f"Expected peak memory, GiB: {', '.join(sizes)}")
         stage = max(counted, key=counted.get)
-        suggestion = suggest_flags(shapes, run) if run.args.dry_run or counted[stage] > room else ""
+        suggestion = suggest_flags(plan, run) if run.args.dry_run or counted[stage] > room else ""
         if counted[stage] > room:
             needs = f"{stage} needs {counted[stage] / GIB:.1f} GiB"
             logger.warning(f"Memory: {needs}, tensors can have {room / GIB:.1f} of what is free. {suggestion}")
-    return run, functools.partial(out_of_memory_said, counted=counted, shapes=shapes, run=run)
+    return run, functools.partial(out_of_memory_said, counted=counted, plan=plan, run=run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3157,12 +3129,12 @@ def describe_pictures(examples: Examples, args: argparse.Namespace) -> Iterator[
             yield f"  the same picture twice: {one.name} and {other.name}"
 
 
-def describe_plan(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> Iterator[str]:
+def describe_plan(plan: TrainingPlan, run: Run) -> Iterator[str]:
     """What the run will do, as lines: pictures, steps, LoRA."""
-    args = run.args
+    args, examples = run.args, plan.examples
     yield from describe_pictures(examples, args)
-    if missing_class_images:
-        yield f"{missing_class_images} class pictures are missing and will be generated"
+    if plan.missing_class_images:
+        yield f"{plan.missing_class_images} class pictures are missing and will be generated"
     drawn = [side for drawing in validation_prompts(args) for side in (drawing.width, drawing.height)]
     for side in sorted({*args.resolution, *drawn}):
         if round_size(side) != side:
@@ -3186,9 +3158,10 @@ MATHEMATICS = [
 ]  # fmt: skip
 
 
-def make_fingerprint(examples: Examples, missing_class_images: int, plan: TrainingPlan, run: Run) -> dict[str, Any]:
+def make_fingerprint(plan: TrainingPlan, run: Run) -> dict[str, Any]:
     """What decides the mathematics of a run, by name: flags, and digests of the data, the LoRA and the model."""
-    args, instances, quantized_by = run.args, examples["instance"], run.args.bnb_quantization_config_path
+    args, examples, quantized_by = run.args, plan.examples, run.args.bnb_quantization_config_path
+    instances, classes = examples["instance"], {e.name for e in examples.get("class", [])}
     masks = [e.mask for kind in examples for e in examples[kind] if isinstance(e.mask, Path)]
     pictures = [
         (Path(e.name).name, e.size, e.repeats, e.source.stat().st_size if isinstance(e.source, Path) else None)
@@ -3208,7 +3181,7 @@ def make_fingerprint(examples: Examples, missing_class_images: int, plan: Traini
         "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
         "masks": digest_of([file_digest(mask) for mask in masks]),
         "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
-        "number of class images": len({e.name for e in examples.get("class", [])}) + missing_class_images,
+        "number of class images": len(classes) + plan.missing_class_images,
         "lora_layers": digest_of(run.lora.modules),
         "rank": run.lora.rank,
         "lora_alpha": run.lora.alpha,
@@ -3552,12 +3525,10 @@ def main(args: argparse.Namespace) -> None:
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     examples = load_all_examples(args)
     check_folders(examples, args)
-    class_images = {example.name for example in examples.get("class", [])}
-    missing = max(0, args.num_class_images - len(class_images)) if args.with_prior_preservation else 0
     plan = TrainingPlan(examples, tokenize(examples, run), run)
-    logger.info("\n".join(describe_plan(examples, missing, plan, run)))
-    run, watched = plan_memory(plan, missing, run)
-    fingerprint = make_fingerprint(examples, missing, plan, run)
+    logger.info("\n".join(describe_plan(plan, run)))
+    run, watched = plan_memory(plan, run)
+    fingerprint = make_fingerprint(plan, run)
     check_fingerprint(checkpoint, fingerprint)
     earlier = OutputFolder(args.output_dir).record
     if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
@@ -3569,16 +3540,16 @@ def main(args: argparse.Namespace) -> None:
             logger.info(next_command(sys.argv))
         return
     if accelerator.is_main_process:
-        prepare_output(args, checkpoint, missing)
+        prepare_output(args, checkpoint, plan.missing_class_images > 0)
     accelerator.wait_for_everyone()
     start_trackers(checkpoint, run)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     with watched("text encoder"):
         prompt_embeds = encode_prompts(plan.tokens, run)
-    if missing:
+    if plan.missing_class_images:
         with watched("class pictures"):
-            generate_class_images(missing, prompt_embeds, run)
+            generate_class_images(plan.missing_class_images, prompt_embeds, run)
         examples["class"] = load_examples("class", args)
     data = TrainingData(plan, prompt_embeds, training_sigmas(run.pipeline.scheduler, args.timestep_shift), run)
     cached = [e for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]

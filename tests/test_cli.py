@@ -25,7 +25,7 @@ REQUIRED = ["--pretrained_model_name_or_path=model", "--instance_data_dir=dog", 
 @pytest.fixture
 def uncounted(monkeypatch):
     """Memory, which takes a dry run some seconds to count, is not."""
-    monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 0.0})
+    monkeypatch.setattr(trainer, "count_memory", lambda *_, **__: {"training": 0.0})
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def test_the_learning_rate_follows_its_schedule(flags, rate, tiny_model):
 def settings(tiny_model, shared_photos):
     """`settings(**flags)` is the fingerprint of a run with these flags."""
 
-    def settings(number_of_class_images=0, **flags):
+    def settings(missing_class_images=0, **flags):
         run = make_run(tiny_model)
         run.accelerator.mixed_precision = "no"
         examples = make_examples(run, shared_photos)
@@ -334,7 +334,8 @@ def settings(tiny_model, shared_photos):
             examples["instance"] = [dataclasses.replace(e, repeats=flags["repeats"]) for e in examples["instance"]]
         vars(run.args).update(flags)
         plan = trainer.TrainingPlan(examples, {}, run)
-        return json.loads(json.dumps(trainer.make_fingerprint(examples, number_of_class_images, plan, run)))
+        plan.missing_class_images = missing_class_images
+        return json.loads(json.dumps(trainer.make_fingerprint(plan, run)))
 
     return settings
 

@@ -65,7 +65,7 @@ def train(monkeypatch, tiny_model, shared_photos, tmp_path, capfd):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(trainer, "RENAMING_PAUSES", (0, 0))
-    monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 0.0})  # takes seconds in a dry run
+    monkeypatch.setattr(trainer, "count_memory", lambda *_, **__: {"training": 0.0})  # takes seconds in a dry run
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
 

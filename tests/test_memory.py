@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -31,10 +32,17 @@ def narrow_model(tmp_path_factory):
     return folder
 
 
-def shapes(bucket=(128, 128), **others):
-    """The shapes of a run on one picture of that size, with a caption of 64 tokens."""
-    one = {"prompt": 64, "batch": 1, "tokens": 64, "bucket": bucket, "largest": bucket, "accumulates": False}
-    return trainer.Shapes(**one | others)
+def count(run, size=(128, 128), held_out=False, **options):
+    """What is counted for a run on one picture of that size, with a caption of 64 tokens."""
+    return trainer.count_memory(make_plan(run, size, held_out), run, **options)
+
+
+def make_plan(run, size=(128, 128), held_out=False):
+    """The plan of a run on one picture of that size, with a caption of 64 tokens."""
+    example = trainer.Example("instance", "a", Path("a.png"), "a", size, size, 1)
+    examples = {"instance": [example]} | ({"class": []} if run.args.with_prior_preservation else {})
+    examples |= {"held-out": [dataclasses.replace(example, kind="held-out")]} if held_out else {}
+    return trainer.TrainingPlan(examples, dict.fromkeys(["a", "", "a class"], [0] * 64), run)
 
 
 def allocated_peak(function):
@@ -63,7 +71,7 @@ def test_training_takes_the_memory_that_is_counted(precision, checkpointing, nar
     optimizer.step()
     state = [tensor for values in optimizer.state.values() for tensor in values.values()]
     kept = sum(tensor.nbytes for tensor in itertools.chain(transformer.parameters(), state))
-    assert trainer.count_memory(shapes(), run)["training"] == pytest.approx(kept + peak, rel=0.05)
+    assert count(run)["training"] == pytest.approx(kept + peak, rel=0.05)
 
 
 def weights_of(module):
@@ -123,7 +131,7 @@ def test_offloaded_text_encoder_visits_the_device_a_layer_at_a_time(tiny_model, 
     assert torch.equal(*embeds)
     assert 0 < weights[1] < weights[0] / 2
     with_offload, without = (
-        trainer.count_memory(shapes(), make_run(tiny_model, plan_for=1, dry_run=True, offload=offload))["text encoder"]
+        count(make_run(tiny_model, plan_for=1, dry_run=True, offload=offload))["text encoder"]
         for offload in (True, False)
     )
     assert with_offload < 0.7 * without
@@ -193,24 +201,24 @@ def sharded_run(model, **flags):
 
 def test_a_sharded_process_has_its_part_of_the_weights(narrow_model):
     whole, shared = make_run(narrow_model, gradient_checkpointing=True), sharded_run(narrow_model)
-    plans = [trainer.count_memory(shapes(), run)["training"] for run in (whole, shared)]
+    plans = [count(run)["training"] for run in (whole, shared)]
     weights = counted_weights(whole)
     gathered = 2 * weights / 5  # two of five blocks
     assert plans[0] - plans[1] == pytest.approx(weights * 3 / 4 - gathered, rel=0.01)
 
 
 def test_every_stage_of_the_run_is_counted(tiny_model):
-    run = make_run(tiny_model, cache_latents=True)
-    size = (64, 64)
-    assert list(trainer.count_memory(shapes(size), run)) == ["text encoder", "VAE", "training"]
-    counted = trainer.count_memory(shapes(size, held_out=size, drawn=size, class_picture=size), run)
+    assert list(count(make_run(tiny_model, cache_latents=True), (64, 64))) == ["text encoder", "VAE", "training"]
+    flags = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a class"}
+    run = make_run(tiny_model, cache_latents=True, validation_prompt="a", num_class_images=1, **flags)
+    counted = count(run, (64, 64), held_out=True)
     assert {*counted} == {"text encoder", "VAE", "class pictures", "training", "held out", "pictures"}
     assert counted["pictures"] > counted["VAE"]
 
 
 def test_another_validation_model_takes_the_place_of_the_one_in_training(narrow_model):
     pictures = [
-        trainer.count_memory(shapes((64, 64), drawn=(64, 64)), make_run(narrow_model, **flags))["pictures"]
+        count(make_run(narrow_model, validation_prompt="a", **flags), (64, 64))["pictures"]
         for flags in ({"cache_latents": True}, {"cache_latents": True, "validation_model_path": narrow_model})
     ]
     assert pictures[1] == pytest.approx(pictures[0], rel=0.05)
@@ -218,9 +226,9 @@ def test_another_validation_model_takes_the_place_of_the_one_in_training(narrow_
 
 def test_memory_is_counted_where_another_mode_is_active_and_leaves_no_trace(tiny_model):
     run, state = make_run(tiny_model, cache_latents=True), torch.get_rng_state()
-    plain = trainer.count_memory(shapes(), run)
+    plain = count(run)
     with FakeTensorMode():
-        assert trainer.count_memory(shapes(), run) == plain
+        assert count(run) == plain
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -228,7 +236,7 @@ def test_a_model_is_quantized_after_its_memory_was_counted(tiny_model):
     bitsandbytes_on_cpu()
     run = make_run(tiny_model, "bf16", cache_latents=True, base_model_precision="nf4")
     bitsandbytes.functional.name2qmap.clear()  # as in a new process
-    trainer.count_memory(shapes(), run)
+    count(run)
     layers = [m for m in trainer.load_transformer(run).modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert {type(layer.weight.quant_state.absmax) for layer in layers} == {torch.Tensor}
 
@@ -240,22 +248,21 @@ def test_auto_recomputes_as_few_blocks_as_fit(narrow_model, monkeypatch, caplog)
 
     def counted(fraction):
         other = dataclasses.replace(run, fraction=fraction)
-        return trainer.count_memory(shapes(), other)["training"]
+        return count(other, last="training")["training"]
 
     for wanted in (0.0, 0.4, 1.0):
         room = counted(wanted + 0.001 * (wanted == 0.4)) + 1
         monkeypatch.setattr(trainer, "room_for_tensors", lambda run, room=room: room)
-        assert trainer.choose_fraction(shapes(), run) == pytest.approx(wanted, abs=0.01)
+        assert trainer.choose_fraction(make_plan(run), run) == pytest.approx(wanted, abs=0.01)
         assert f"{round(5 * wanted)} of 5 blocks" in caplog.messages[-1]
 
 
 def test_what_does_not_fit_is_said_with_flags_that_would(narrow_model, monkeypatch, caplog):
     run = make_run(narrow_model, "bf16", cache_latents=True, dry_run=True)
-    counted = trainer.count_memory(shapes(), run)
-    recomputed = trainer.count_memory(shapes(), dataclasses.replace(run, fraction=1.0))["training"]
+    counted = count(run)
+    recomputed = count(dataclasses.replace(run, fraction=1.0))["training"]
     monkeypatch.setattr(trainer, "room_for_tensors", lambda run: 1.01 * recomputed)
-    monkeypatch.setattr(trainer, "find_shapes", lambda *_: shapes())
-    trainer.plan_memory(None, 0, run)
+    trainer.plan_memory(make_plan(run), run)
     (line,) = [message for message in caplog.messages if message.startswith("Memory: ")]
     assert line.startswith(f"Memory: training needs {counted['training'] / 2**30:.1f} GiB")
     assert "These would fit: " in line and "--gradient_checkpointing (" in line and "--cache_latents" not in line
@@ -270,13 +277,13 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas"])
 def test_a_stage_that_runs_out_of_memory_says_what_was_planned_and_what_would_fit(error, tiny_model, monkeypatch):
     run = make_run(tiny_model, cache_latents=True)
-    monkeypatch.setattr(trainer, "count_memory", lambda shapes, run: {"training": 2.0**29})
+    monkeypatch.setattr(trainer, "count_memory", lambda *_: {"training": 2.0**29})
     line = (
         r"^out of memory in training: 3.0 GiB were planned, [\d.]+ were free .*fit: --gradient_checkpointing \(0.5 GiB"
     )
     with (
         pytest.raises(trainer.TrainingError, match=line),
-        trainer.out_of_memory_said("training", {"training": 3 * 2**30}, shapes(), run),
+        trainer.out_of_memory_said("training", {"training": 3 * 2**30}, make_plan(run), run),
     ):
         raise error
 

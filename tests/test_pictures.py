@@ -612,9 +612,7 @@ def test_a_changed_mask_is_not_taken_from_the_cache_and_is_another_run(tiny_mode
         examples = trainer.load_all_examples(run.args)
         (latents,) = trainer.cache_latents(examples["instance"], run).values()
         found.append(latents)
-        fingerprints.append(
-            trainer.make_fingerprint(examples, 0, trainer.TrainingPlan(examples, {}, run), run)["masks"]
-        )
+        fingerprints.append(trainer.make_fingerprint(trainer.TrainingPlan(examples, {}, run), run)["masks"])
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 

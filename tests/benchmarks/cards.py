@@ -34,10 +34,10 @@ def count_recipe(card, model):
     side = (args.resolution[-1],) * 2
     example = trainer.Example("instance", "dog.png", Path("dog.png"), args.instance_prompt, side, side, 1)
     examples = {"instance": [example]}
-    shapes = trainer.find_shapes(trainer.TrainingPlan(examples, trainer.tokenize(examples, run), run), 0, run)
+    plan = trainer.TrainingPlan(examples, trainer.tokenize(examples, run), run)
     if args.gradient_checkpointing == "auto":
-        run = trainer.dataclasses.replace(run, fraction=trainer.choose_fraction(shapes, run))
-    counted = {stage: size / trainer.GIB for stage, size in trainer.count_memory(shapes, run).items()}
+        run = trainer.dataclasses.replace(run, fraction=trainer.choose_fraction(plan, run))
+    counted = {stage: size / trainer.GIB for stage, size in trainer.count_memory(plan, run).items()}
     return args, counted, trainer.room_for_tensors(run) / trainer.GIB
 
 
