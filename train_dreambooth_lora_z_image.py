@@ -1351,10 +1351,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
 def with_progress(
     items: Iterable[T], what: str, accelerator: Accelerator, total: int = 0, done: int = 0, shown: dict | None = None
 ) -> Iterator[T]:
-    """Goes through `items` with a bar at a terminal, else with a line after two seconds and then every ten.
-
-    What is `shown` can change meanwhile; where there is anything, the first and the last item have lines too.
-    """
+    """Goes through `items` with a bar at a terminal, else with a line now and then; what is `shown` may change."""
     hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
     total, started = total or len(items), time.monotonic()
     next_line = started + 2
@@ -2401,15 +2398,7 @@ class TrainingState:
         self.optimizer.param_groups[0]["lr"] = rate
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint folder, and what its manifest says of the run."""
-
-    path: Path
-    step: int
-    seed: int
-    fingerprint: dict[str, Any]
-    trackers: dict[str, str]  # the run's id in each that gives one
+Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed, fingerprint, and ids of trackers' runs
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -2420,14 +2409,11 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint so that it is never seen half removed; files of the user's in it stay where they are."""
-    removed = path.with_suffix(".removed")
-    rename(path, removed)
-    for name in (MANIFEST, STATE_FILE, LORA_FILE):
-        (removed / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        return removed.rmdir()
-    rename(removed, path)
+    """Remove a checkpoint's own files, the manifest last: what is left after a kill can still be told and removed."""
+    for name in (STATE_FILE, LORA_FILE, MANIFEST):
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of files of the user's in it
+        path.rmdir()
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
@@ -2479,7 +2465,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, (size, digest) in manifest["files"].items():
             if (path / name).stat().st_size != size or file_digest(path / name) != digest:
                 raise UserError(f"{path} is damaged: {name} is not what was saved")
-        return Checkpoint(path, *(manifest[name] for name in ("step", "seed", "fingerprint", "trackers")))
+        return Checkpoint(path=path, **manifest)
 
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
@@ -2764,13 +2750,6 @@ class MemoryCounter(FakeTensorMode):
         self.live -= size
 
 
-@contextlib.contextmanager
-def counting() -> Iterator[MemoryCounter]:
-    """Meanwhile memory is counted; other modes, and random states, stay as they are."""
-    with torch.random.fork_rng(devices=[]), _disable_current_modes(), MemoryCounter() as counter:
-        yield counter
-
-
 def quantize_as_on_gpu(layer: torch.nn.Module, weight: torch.nn.Parameter) -> None:
     """What bitsandbytes makes of a layer as it moves to a GPU; `weight`, on the meta device, has the settings."""
     import bitsandbytes as bnb
@@ -2814,10 +2793,8 @@ def counted_run(run: Run) -> Run:
     args = argparse.Namespace(**vars(run.args))
     args.attention_backend, args.enable_npu_flash_attention = None, False
     args.offload = args.offload and bool(args.plan_for or run.accelerator.device.type != "cpu")
-    accelerator = types.SimpleNamespace(device=COUNTED, distributed_type=DistributedType.NO)
-    accelerator.autocast = functools.partial(
-        torch.autocast, "cpu", run.weight_dtype, run.weight_dtype != torch.float32, cache_enabled=False
-    )
+    autocast = functools.partial(torch.autocast, "cpu", run.weight_dtype, run.weight_dtype != torch.float32, False)
+    accelerator = types.SimpleNamespace(device=COUNTED, distributed_type=DistributedType.NO, autocast=autocast)
     pipeline = FakePipeline(**vars(run.pipeline) | {"transformer_file": None})
     changes = {"args": args, "accelerator": accelerator, "pipeline": pipeline, "fraction": run.checkpointed_fraction}
     return dataclasses.replace(run, **changes)
@@ -2832,22 +2809,20 @@ def fake_batch(size: int, bucket: Size, tokens: int, run: Run, encoded: bool = T
     return MicroBatch(noise, numbers, numbers, embeds, noise if encoded else None, pixels)
 
 
-@functools.cache
-def count_text_encoder(tokens: int, dtype: torch.dtype, offload: bool, pipeline: PipelineInfo) -> float:
-    """The highest number of bytes of encoding a prompt of so many tokens."""
+@torch.no_grad()
+def encode_once(tokens: int, run: Run) -> None:
+    """Encode a prompt of so many tokens; with `--offload` each layer visits the device by itself."""
 
     def move(layer: torch.nn.Module, inputs: Any, *output: Any) -> None:
         layer.to("cpu" if output else COUNTED)
 
-    with counting() as counter, torch.no_grad():
-        encoder = FakePipeline(**vars(pipeline)).load(transformers.AutoModel, "text_encoder", dtype)
-        for layer in [module for module in encoder.modules() if not list(module.children())] if offload else []:
-            layer.register_forward_pre_hook(move)
-            layer.register_forward_hook(move)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=COUNTED)
-        encoder.to("cpu" if offload else COUNTED)
-        encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
-    return counter.peak
+    encoder = run.pipeline.load(transformers.AutoModel, "text_encoder", run.encoder_dtype)
+    for layer in [module for module in encoder.modules() if not list(module.children())] if run.args.offload else []:
+        layer.register_forward_pre_hook(move)
+        layer.register_forward_hook(move)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=COUNTED)
+    encoder.to("cpu" if run.args.offload else COUNTED)
+    encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, use_cache=False)
 
 
 @torch.no_grad()
@@ -2875,23 +2850,27 @@ def largest_micro_batch(plan: TrainingPlan, run: Run) -> tuple[int, Size, int, b
     return number, (height, width), tokens * TOKEN_MULTIPLE, max(map(len, updates)) > 1
 
 
-def run_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
-    """One step, or one picture, of each stage but the text encoder's, sharded; yields its name at its end."""
+def encoding_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
+    """A prompt and a picture of each stage whose models are gone when training begins; yields its name at its end."""
     args, examples, prompt = fake.args, plan.examples, max(map(len, plan.tokens.values()))
-    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
+    encode_once(prompt, fake)
+    counter.peak /= run.accelerator.num_processes if args.fsdp_text_encoder else 1
+    yield "text encoder"
     class_sizes = [drawing_of("", args, own=True).size] if plan.missing_class_images else []
-    held_out = [e.bucket for e in examples.get("held-out", [])]
-    encoded = (
-        [*class_sizes, *(e.bucket for kind in examples for e in examples[kind])] if args.cache_latents else held_out
-    )
-    if encoded:
-        encode_images(load_vae(fake), torch.empty(1, 3, *max(encoded, key=math.prod), device=COUNTED), fake)
+    sizes = [e.bucket for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]
+    if sizes := sizes + class_sizes * args.cache_latents:
+        encode_images(load_vae(fake), torch.empty(1, 3, *max(sizes, key=math.prod), device=COUNTED), fake)
         yield "VAE"
-    if class_sizes:
-        drawing = load_transformer(fake, args.prior_generation_precision)
-        draw_once(drawing, class_sizes[0], prompt, False, fake)
-        del drawing
+    for size in class_sizes:
+        draw_once(load_transformer(fake, args.prior_generation_precision), size, prompt, False, fake)
         yield "class pictures"
+
+
+def training_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
+    """An update, with one micro-batch, and a picture of each of the other stages; yields its name at its end."""
+    args, (number, bucket, tokens, accumulates) = fake.args, largest
+    held_out = [e.bucket for e in plan.examples.get("held-out", [])]
+    drawn = [drawing.size for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]]
     transformer = load_transformer(fake)
     if run.sharded:  # FSDP gathers a block while the one before it computes
         share = 1 / run.accelerator.num_processes + 2 / len(transformer_blocks(transformer))
@@ -2903,7 +2882,6 @@ def run_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    number, bucket, tokens, accumulates = largest
     if not accumulates:
         optimizer.zero_grad()
     batch = fake_batch(number, bucket, tokens, fake, encoded=args.cache_latents)
@@ -2915,28 +2893,29 @@ def run_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter:
         with eval_mode(transformer):
             training_loss(transformer, None, fake_batch(1, max(held_out, key=math.prod), tokens, fake), "none", fake)
         yield "held out"
-    if drawings:
-        size, other = max((drawing.size for drawing in drawings), key=math.prod), bool(args.validation_model_path)
+    if drawn:
+        size, prompt = max(drawn, key=math.prod), max(map(len, plan.tokens.values()))
+        other = bool(args.validation_model_path)
         with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
             drawing = with_same_lora(transformer, fake) if other else transformer
             draw_once(drawing, size, prompt, drawing is transformer, fake)
         yield "pictures"
 
 
-def count_memory(plan: TrainingPlan, run: Run, last: str = "") -> dict[str, float]:
-    """{stage: highest number of bytes of its tensors on the device} up to the `last`, each freed before the next.
+def count_memory(plan: TrainingPlan, run: Run, training_alone: bool = False) -> dict[str, float]:
+    """{stage: highest number of bytes of its tensors on the device}, each stage's models being freed before the next.
 
     Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
     nor is what the allocator cannot use for want of a piece that is large enough.
     """
-    fake, largest, prompt = counted_run(run), largest_micro_batch(plan, run), max(map(len, plan.tokens.values()))
-    encoder = count_text_encoder(prompt, run.encoder_dtype, fake.args.offload, run.pipeline)
-    counted = {"text encoder": encoder / (run.accelerator.num_processes if run.args.fsdp_text_encoder else 1)}
-    with counting() as counter:
-        for stage in run_stages(plan, largest, run, fake, counter):
+    fake, largest, counted = counted_run(run), largest_micro_batch(plan, run), {}
+    # Other modes, and random states, stay as they are
+    with torch.random.fork_rng(devices=[]), _disable_current_modes(), MemoryCounter() as counter:
+        before = [] if training_alone else encoding_stages(plan, run, fake, counter)
+        for stage in itertools.chain(before, training_stages(plan, largest, run, fake, counter)):
             release_memory()
             counted[stage], counter.peak = counter.peak, counter.live
-            if stage == last:
+            if training_alone:
                 break
     return counted
 
@@ -2949,15 +2928,8 @@ def count_memory(plan: TrainingPlan, run: Run, last: str = "") -> dict[str, floa
 GIB = 2**30
 CONTEXT = 0.8e9  # bytes that CUDA's context and libraries take of a card
 FRAGMENTATION = 1.08  # what the allocator takes for each byte of tensors
-LESS_MEMORY = [  # flags that take less, those first that cost least
-    ("cache_latents", True),
-    ("gradient_checkpointing", True),
-    ("use_8bit_adam", True),
-    ("offload", True),
-    ("base_model_precision", "int8"),
-    ("base_model_precision", "nf4"),
-    ("train_batch_size", 1),
-]
+LESS_MEMORY = dict.fromkeys(("cache_latents", "gradient_checkpointing", "use_8bit_adam", "offload"), [True])
+LESS_MEMORY |= {"base_model_precision": ["int8", "nf4"], "train_batch_size": [1]}  # those first that cost least
 
 
 def room_for_tensors(run: Run) -> float:
@@ -2973,14 +2945,13 @@ def room_for_tensors(run: Run) -> float:
 
 
 def suggest_flags(plan: TrainingPlan, run: Run) -> str:
-    """Log what the largest stage takes with each flag and, where none of them makes it fit, with several.
-
-    Returns those that would fit, as a sentence.
-    """
+    """Log what the run would take with flags that save memory; returns those that would fit, as a sentence."""
     args, room, fitting = run.args, room_for_tensors(run), []
     given = vars(args) | {"gradient_checkpointing": run.checkpointed_fraction >= 1}
     useless = {"use_8bit_adam": args.optimizer != "adamw", "base_model_precision": args.bnb_quantization_config_path}
-    alone = [{name: value} for name, value in LESS_MEMORY if given[name] != value and not useless.get(name)]
+    alone = [
+        {name: v} for name in LESS_MEMORY for v in LESS_MEMORY[name] if given[name] != v and not useless.get(name)
+    ]
     together = list(itertools.accumulate(alone, operator.or_))[1:]
     for changes in itertools.chain(alone, (several for several in together if not fitting)):
         flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changes.items())
@@ -3000,7 +2971,7 @@ def choose_fraction(plan: TrainingPlan, run: Run) -> float:
 
     def count(number: int) -> float:
         other = dataclasses.replace(run, fraction=(number + 0.01) / blocks)
-        return count_memory(plan, other, last="training")["training"]
+        return count_memory(plan, other, training_alone=True)["training"]
 
     number, most = 0, count(0)
     if most > room:  # memory is linear in the number of blocks, but for the last
@@ -3032,11 +3003,8 @@ def out_of_memory_said(stage: str, counted: dict[str, float], plan: TrainingPlan
     raise TrainingError(f"out of memory in {stage}: {text} ({cause}). {suggest_flags(plan, run)}")
 
 
-def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, Callable[[str], contextlib.AbstractContextManager]]:
-    """Say what memory each stage takes, in a dry run and before a run on an accelerator.
-
-    Returns the run with what `--gradient_checkpointing auto` chose, and a context for the stages by name.
-    """
+def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, dict[str, float]]:
+    """Say what memory each stage takes; returns that and the run, with what `--gradient_checkpointing auto` chose."""
     counted, automatic = {}, run.args.gradient_checkpointing == "auto"
     if automatic:
         run = dataclasses.replace(run, fraction=choose_fraction(plan, run))
@@ -3050,7 +3018,7 @@ def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, Callable[[str], cont
         if counted[stage] > room:
             needs = f"{stage} needs {counted[stage] / GIB:.1f} GiB"
             logger.warning(f"Memory: {needs}, tensors can have {room / GIB:.1f} of what is free. {suggestion}")
-    return run, functools.partial(out_of_memory_said, counted=counted, plan=plan, run=run)
+    return run, counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3294,8 +3262,6 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
-    for path in output.path.glob("checkpoint-*.removed"):  # or while it removed one
-        remove_checkpoint(path)
     if checkpoint:
         output.update(finished=False)
     else:
@@ -3411,14 +3377,12 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def accumulate_gradients(
-    state: TrainingState, vae: AutoencoderKL | None, batches: Iterable[MicroBatch | None], run: Run
-) -> Tensor:
+def accumulate_gradients(state: TrainingState, vae: AutoencoderKL | None, batches: Iterable, run: Run) -> Tensor:
     """Add up the gradients of an update's micro-batches; returns the sum of their losses, NaN if one does not come.
 
     Raises TrainingError where part of the LoRA has no gradient: an attention backend can lack a backward pass.
     """
-    accelerator, loss, number = run.accelerator, torch.zeros((), device=run.accelerator.device), None
+    accelerator, loss = run.accelerator, torch.zeros((), device=run.accelerator.device)
     state.scaler.scale(loss)  # it needs to have seen something, also where this process has no sample
     for number, batch in enumerate(batches):
         if batch is None:
@@ -3428,9 +3392,9 @@ def accumulate_gradients(
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
         accelerator.backward(micro_loss)
         loss += micro_loss.detach()
-    if number is not None and any(parameter.grad is None for parameter in state.parameters):
-        backend = run.args.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
-        raise TrainingError(f"the attention backend {backend} gives no gradients: take --attention_backend native")
+        if any(parameter.grad is None for parameter in state.parameters):
+            backend = run.args.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+            raise TrainingError(f"the attention backend {backend} gives no gradients: take --attention_backend native")
     return loss
 
 
@@ -3441,6 +3405,7 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     run stops amid the update. Every process holds the whole LoRA, so that one exchange is enough; a wrapped model
     would average the gradients of each backward pass.
     """
+    assert loss.ndim == 0
     for parameter in state.parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
@@ -3468,10 +3433,10 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     return loss, stopping, norm
 
 
-def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> int:
+def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> bool:
     """The loop, from where `state` stands to the last update, with logs, checkpoints and validation on the way.
 
-    Returns the number of the signal that ended it early, or 0. Raises TrainingError where gradients stay non-finite.
+    Returns False where a signal has ended it early. Raises TrainingError where gradients stay non-finite.
     """
     accelerator, plan, stop = run.accelerator, validation.data.plan, validation.stop
     last, skipped_in_a_row, shown = plan.max_train_steps, 0, {}
@@ -3500,10 +3465,11 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                     save_checkpoint(state, fingerprint, run)
                 accelerator.wait_for_everyone()
             if stopping:
-                return stop.number or signal.SIGTERM
+                stop.number = stop.number or signal.SIGTERM  # another process was asked to stop
+                return False
             if plan.validates(step) and step < last:
                 validation()
-    return 0
+    return True
 
 
 def main(args: argparse.Namespace) -> None:
@@ -3527,7 +3493,8 @@ def main(args: argparse.Namespace) -> None:
     check_folders(examples, args)
     plan = TrainingPlan(examples, tokenize(examples, run), run)
     logger.info("\n".join(describe_plan(plan, run)))
-    run, watched = plan_memory(plan, run)
+    run, counted = plan_memory(plan, run)
+    watched = functools.partial(out_of_memory_said, counted=counted, plan=plan, run=run)
     fingerprint = make_fingerprint(plan, run)
     check_fingerprint(checkpoint, fingerprint)
     earlier = OutputFolder(args.output_dir).record
@@ -3568,24 +3535,26 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"The pictures are shown in {page}")
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
-        stopped_by = train(state, validation, fingerprint, run)
-        if not stopped_by:
+        finished = train(state, validation, fingerprint, run)
+        if finished:
             if accelerator.is_main_process:
                 with state.averaged():
                     save_result(state.transformer, run)
             accelerator.wait_for_everyone()
             with optional("The last validation"):
                 gallery = validation(final=True)
-    to_continue = "Stopped. To continue: the same command with --resume_from_checkpoint latest."
-    validation.write_page(to_continue if stopped_by else "The run ended")
+    end = (
+        "The run ended" if finished else "Stopped. To continue: the same command with --resume_from_checkpoint latest."
+    )
+    validation.write_page(end)
     with optional("--report_to"):
         accelerator.end_training()
-    if stopped_by:
-        logger.warning(to_continue)
+    if not finished:
+        logger.warning(end)
     elif accelerator.is_main_process:
         publish(gallery, validation, run)
-    if stopped_by or stop.number:
-        sys.exit(128 + (stopped_by or stop.number))
+    if stop.number:
+        sys.exit(128 + stop.number)
 
 
 def run_command_line() -> int:
@@ -3606,9 +3575,7 @@ def run_command_line() -> int:
             text = str(error)
         elif is_out_of_memory(error):  # outside of the stages that say what was planned
             text += " Less memory: --gradient_checkpointing, --cache_latents, see --dry_run"
-        elif isinstance(error, RuntimeError) and (
-            isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        ):
+        elif isinstance(error, torch.distributed.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
             text = f"another process has ended, and says why ({text})"
         elif not isinstance(error, (OSError, SafetensorError)):  # of a disk that is full, a folder that is read-only
             raise

@@ -341,7 +341,7 @@ def settings(tiny_model, shared_photos):
 
 
 def checkpoint_of(fingerprint):
-    return trainer.Checkpoint(Path("checkpoint-1"), step=1, seed=0, fingerprint=fingerprint, trackers={})
+    return trainer.Checkpoint(path=Path("checkpoint-1"), step=1, seed=0, fingerprint=fingerprint, trackers={})
 
 
 @pytest.mark.parametrize("name", trainer.MATHEMATICS)

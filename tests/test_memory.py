@@ -81,7 +81,7 @@ def weights_of(module):
 
 def counted_weights(run):
     """The bytes of the frozen transformer, as they are counted."""
-    with trainer.counting() as counter:
+    with trainer.MemoryCounter() as counter:
         transformer = trainer.load_transformer(trainer.counted_run(run))
         assert transformer.device == trainer.COUNTED
         return counter.live
@@ -248,7 +248,7 @@ def test_auto_recomputes_as_few_blocks_as_fit(narrow_model, monkeypatch, caplog)
 
     def counted(fraction):
         other = dataclasses.replace(run, fraction=fraction)
-        return count(other, last="training")["training"]
+        return count(other, training_alone=True)["training"]
 
     for wanted in (0.0, 0.4, 1.0):
         room = counted(wanted + 0.001 * (wanted == 0.4)) + 1

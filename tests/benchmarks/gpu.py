@@ -161,11 +161,11 @@ class Measured:
             setattr(trainer, name, original)
 
     def plan_memory(self, original, *arguments):
-        run, watched = original(*arguments)
-        training = watched.keywords["counted"].get("training")  # nothing is counted for a run on the CPU
+        run, counted = original(*arguments)
+        training = counted.get("training")  # nothing is counted for a run on the CPU
         self.planned = training and training / 2**30
         self.started = time.perf_counter()
-        return run, watched
+        return run, counted
 
     def encode_prompts(self, original, prompts, run):
         generator, width = torch.Generator().manual_seed(1), run.pipeline.transformer_config["cap_feat_dim"]
