@@ -2417,10 +2417,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
-    """Write `checkpoint-{step}`, whole or not at all, then remove the oldest beyond `--checkpoints_total_limit`.
-
-    Where it cannot be written, the earlier ones stand and training goes on.
-    """
+    """Write `checkpoint-{step}`, whole or not at all, then remove the oldest; where it fails, training goes on."""
     output_dir = Path(run.args.output_dir)
     final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -2866,9 +2863,11 @@ def encoding_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
         yield "class pictures"
 
 
-def training_stages(plan: TrainingPlan, largest: tuple, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
+def training_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCounter) -> Iterator[str]:
     """An update, with one micro-batch, and a picture of each of the other stages; yields its name at its end."""
-    args, (number, bucket, tokens, accumulates) = fake.args, largest
+    args = fake.args
+    with _disable_current_modes():  # its order is drawn in real numbers
+        number, bucket, tokens, accumulates = largest_micro_batch(plan, run)
     held_out = [e.bucket for e in plan.examples.get("held-out", [])]
     drawn = [drawing.size for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]]
     transformer = load_transformer(fake)
@@ -2908,11 +2907,11 @@ def count_memory(plan: TrainingPlan, run: Run, training_alone: bool = False) -> 
     Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
     nor is what the allocator cannot use for want of a piece that is large enough.
     """
-    fake, largest, counted = counted_run(run), largest_micro_batch(plan, run), {}
+    fake, counted = counted_run(run), {}
     # Other modes, and random states, stay as they are
     with torch.random.fork_rng(devices=[]), _disable_current_modes(), MemoryCounter() as counter:
         before = [] if training_alone else encoding_stages(plan, run, fake, counter)
-        for stage in itertools.chain(before, training_stages(plan, largest, run, fake, counter)):
+        for stage in itertools.chain(before, training_stages(plan, run, fake, counter)):
             release_memory()
             counted[stage], counter.peak = counter.peak, counter.live
             if training_alone:
@@ -3544,7 +3543,7 @@ def main(args: argparse.Namespace) -> None:
             with optional("The last validation"):
                 gallery = validation(final=True)
     end = (
-        "The run ended" if finished else "Stopped. To continue: the same command with --resume_from_checkpoint latest."
+        "The run ended" if finished else "Stopped; to continue: the same command with --resume_from_checkpoint latest"
     )
     validation.write_page(end)
     with optional("--report_to"):
