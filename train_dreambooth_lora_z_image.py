@@ -2403,9 +2403,9 @@ Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed,
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N` that have a manifest, newest first: any other is the user's."""
-    folders = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")]
-    folders = [path for path in folders if path.name[11:].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+    folders = [manifest.parent for manifest in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")]
+    numbered = [path for path in folders if path.name[11:].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -2427,8 +2427,8 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint}
         manifest["files"] = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
         manifest["trackers"] = {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"}
-        content = {"digest": digest_of(json.dumps(manifest)), **manifest}
-        (part / MANIFEST).write_text(json.dumps(content, indent=1))
+        signed = {"digest": digest_of(json.dumps(manifest))} | manifest
+        (part / MANIFEST).write_text(json.dumps(signed, indent=1))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in list_checkpoints(output_dir):
@@ -2927,8 +2927,8 @@ def count_memory(plan: TrainingPlan, run: Run, training_alone: bool = False) -> 
 GIB = 2**30
 CONTEXT = 0.8e9  # bytes that CUDA's context and libraries take of a card
 FRAGMENTATION = 1.08  # what the allocator takes for each byte of tensors
-LESS_MEMORY = dict.fromkeys(("cache_latents", "gradient_checkpointing", "use_8bit_adam", "offload"), [True])
-LESS_MEMORY |= {"base_model_precision": ["int8", "nf4"], "train_batch_size": [1]}  # those first that cost least
+LESS_MEMORY = [(name, True) for name in ("cache_latents", "gradient_checkpointing", "use_8bit_adam", "offload")]
+LESS_MEMORY += [("base_model_precision", "int8"), ("base_model_precision", "nf4"), ("train_batch_size", 1)]
 
 
 def room_for_tensors(run: Run) -> float:
@@ -2948,9 +2948,7 @@ def suggest_flags(plan: TrainingPlan, run: Run) -> str:
     args, room, fitting = run.args, room_for_tensors(run), []
     given = vars(args) | {"gradient_checkpointing": run.checkpointed_fraction >= 1}
     useless = {"use_8bit_adam": args.optimizer != "adamw", "base_model_precision": args.bnb_quantization_config_path}
-    alone = [
-        {name: v} for name in LESS_MEMORY for v in LESS_MEMORY[name] if given[name] != v and not useless.get(name)
-    ]
+    alone = [{name: value} for name, value in LESS_MEMORY if given[name] != value and not useless.get(name)]
     together = list(itertools.accumulate(alone, operator.or_))[1:]
     for changes in itertools.chain(alone, (several for several in together if not fitting)):
         flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changes.items())
@@ -3377,10 +3375,7 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
 
 
 def accumulate_gradients(state: TrainingState, vae: AutoencoderKL | None, batches: Iterable, run: Run) -> Tensor:
-    """Add up the gradients of an update's micro-batches; returns the sum of their losses, NaN if one does not come.
-
-    Raises TrainingError where part of the LoRA has no gradient: an attention backend can lack a backward pass.
-    """
+    """Add up the gradients of an update's micro-batches; returns the sum of their losses, NaN if one does not come."""
     accelerator, loss = run.accelerator, torch.zeros((), device=run.accelerator.device)
     state.scaler.scale(loss)  # it needs to have seen something, also where this process has no sample
     for number, batch in enumerate(batches):
@@ -3391,7 +3386,7 @@ def accumulate_gradients(state: TrainingState, vae: AutoencoderKL | None, batche
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
         accelerator.backward(micro_loss)
         loss += micro_loss.detach()
-        if any(parameter.grad is None for parameter in state.parameters):
+        if any(parameter.grad is None for parameter in state.parameters):  # a backend can lack a backward pass
             backend = run.args.attention_backend or os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
             raise TrainingError(f"the attention backend {backend} gives no gradients: take --attention_backend native")
     return loss
@@ -3433,10 +3428,7 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
 
 
 def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> bool:
-    """The loop, from where `state` stands to the last update, with logs, checkpoints and validation on the way.
-
-    Returns False where a signal has ended it early. Raises TrainingError where gradients stay non-finite.
-    """
+    """The loop, with logs, checkpoints and validation, from where `state` stands; returns whether it was finished."""
     accelerator, plan, stop = run.accelerator, validation.data.plan, validation.stop
     last, skipped_in_a_row, shown = plan.max_train_steps, 0, {}
     state.transformer.train()
@@ -3542,9 +3534,7 @@ def main(args: argparse.Namespace) -> None:
             accelerator.wait_for_everyone()
             with optional("The last validation"):
                 gallery = validation(final=True)
-    end = (
-        "The run ended" if finished else "Stopped; to continue: the same command with --resume_from_checkpoint latest"
-    )
+    end = "The run ended" if finished else "Stopped. To go on: the same command with --resume_from_checkpoint latest."
     validation.write_page(end)
     with optional("--report_to"):
         accelerator.end_training()
