@@ -1030,7 +1030,7 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
         mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
         pictures.append(Example(kind, name, source, text, size, size, repeats, origin, mask))
     if not pictures and kind != "class":
-        formats = ", ".join(sorted(PICTURE_FORMATS))
+        formats = ", ".join(sorted(PICTURE_FORMATS)) + "; convert HEIC to one of them"
         raise UserError(f"--{flag} {getattr(args, flag)} holds no pictures ({formats}): put some there")
     bare = [picture.name for picture in pictures if picture.origin == prompt_flag]
     if bare and prompt is None:
@@ -3359,11 +3359,14 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
         write_model_card(hub_repository(args), gallery, run)
     with optional(RUN_FILE):
         OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
+    shown = drawing_of(plan.examples["instance"][0].caption, args, own=bool(args.validation_model_path))
+    size = "height={}, width={}".format(*shown.size)
     logger.info(
-        "To use the LoRA, after `from diffusers import ZImagePipeline`:\n"
-        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r})\n"
-        f"  pipe.load_lora_weights({args.output_dir!r})\n"
-        f"  pipe({plan.examples['instance'][0].caption!r}).images[0].save('picture.png')"
+        "To use the LoRA, after `import torch` and `from diffusers import ZImagePipeline`:\n"
+        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r}, torch_dtype={run.encoder_dtype})\n"
+        f"  pipe.to({run.accelerator.device.type!r}).load_lora_weights({args.output_dir!r})\n"
+        f"  pipe({shown.prompt!r}, {size}, num_inference_steps={shown.steps}, guidance_scale={shown.guidance})"
+        ".images[0].save('picture.png')"
     )
     if args.push_to_hub:
         push_to_hub(gallery, run)

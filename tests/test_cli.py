@@ -323,8 +323,9 @@ def test_a_pipeline_of_another_model_is_named(component, model_without_weights, 
 def test_a_folder_without_pictures_is_named(model_without_weights, tmp_path):
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "README.md").write_text("no pictures yet")
+    (tmp_path / "dog" / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic")  # as telephones give them
     finished = run_here(*train_args(model_without_weights, tmp_path / "dog", tmp_path / "out"))
-    error_line(finished, "--instance_data_dir", tmp_path / "dog")
+    error_line(finished, "--instance_data_dir", tmp_path / "dog", "convert HEIC")
 
 
 def test_a_file_in_place_of_the_folder_is_named(model_without_weights, photos, tmp_path):
