@@ -10,15 +10,15 @@ import string
 import sys
 from pathlib import Path
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
-from running import ROOT, SCRIPT, launch, run
+from running import ROOT, SCRIPT, fork_trainer, launch, run
 from tiny import lora_tensors, train_args
 
 
@@ -33,10 +33,10 @@ def blocks(language):
 
 
 def flags_table():
-    """The parser's groups as Markdown tables."""
-    lines = []
+    """The parser's groups as a Markdown table."""
+    lines = ["| flag | meaning |", "|---|---|"]
     for group in trainer.build_parser()._action_groups[2:]:
-        lines += [f"**{group.title}**", "", "| flag | meaning |", "|---|---|"]
+        lines.append(f"| **{group.title}** | |")
         for action in group._group_actions:
             meaning = (
                 action.help % {"default": action.default, "choices": ", ".join(map(str, action.choices or []))}
@@ -45,8 +45,7 @@ def flags_table():
             if action.choices and not action.metavar:
                 metavar = " {" + ",".join(action.choices) + "}"
             lines.append(f"| `{action.option_strings[0]}{metavar}` | {meaning} |")
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def split(text):
@@ -278,6 +277,22 @@ def test_the_printed_python_loads_draws_with_and_fuses_the_lora(trained, tiny_mo
     assert changed and all(".attention.to_" in name for name in changed)
 
 
+def test_the_last_lines_of_a_run_draw_with_its_lora_as_it_drew(tiny_model, one_photo, tmp_path):
+    flags = train_args(tiny_model, one_photo, tmp_path / "out", guidance_scale=1, validation_num_inference_steps=1)
+    last = fork_trainer(*flags).output.split("To use the LoRA, after ")[1]
+    imports, *lines = last.strip().splitlines()
+    assert (
+        re.findall("`(.*?)`", imports) == ["import torch", "from diffusers import ZImagePipeline"] and len(lines) == 3
+    )
+    picture = tmp_path / "picture.png"
+    exec(
+        "\n".join(map(str.strip, lines)).replace("'picture.png'", repr(str(picture))),
+        vars(diffusers) | {"torch": torch},
+    )
+    assert Image.open(picture).size == (64, 64)
+    assert "num_inference_steps=1, guidance_scale=1.0)" in lines[2] and "torch_dtype=torch.float32" in lines[0]
+
+
 def test_the_printed_download_is_one_that_the_library_takes(monkeypatch):
     signature, taken = inspect.signature(huggingface_hub.snapshot_download), []
     monkeypatch.setattr(
@@ -285,13 +300,6 @@ def test_the_printed_download_is_one_that_the_library_takes(monkeypatch):
     )
     exec(blocks("python")[0], {})
     assert taken[0].arguments["repo_type"] == "dataset"
-
-
-def test_the_printed_fsdp_section_is_that_of_the_config():
-    (printed,) = map(yaml.safe_load, blocks("yaml"))
-    config = yaml.safe_load((ROOT / "configs" / "fsdp.yaml").read_text(encoding="utf-8"))
-    assert printed == {name: config[name] for name in printed}
-    assert "fsdp_config" in printed
 
 
 if __name__ == "__main__":
