@@ -142,6 +142,7 @@ STOP_SIGNALS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SI
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE", "PMI_", "MV2_", "OMP", "FORK_")
 PROCESS_TIMEOUT = timedelta(hours=2)  # of processes that wait for one that draws
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # where there is none
+NO_RENAMING = {errno.EXDEV, errno.EMFILE, *NO_FSYNC}  # of folders, in containers and on mounts of cloud storage
 RENAMING_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between tries
 HALF_A_CHARACTER = re.compile(r"[\ud800-\udfff]")  # in JSON and command lines; it cannot be encoded
 
@@ -297,9 +298,15 @@ def flush_to_disk(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Rename a file or folder, again for some seconds where a virus scanner or a sync client holds it."""
     for pause in RENAMING_PAUSES:
-        with contextlib.suppress(PermissionError):
+        try:
             return os.replace(source, target)
-        time.sleep(pause)
+        except PermissionError:
+            time.sleep(pause)
+        except OSError as error:
+            if error.errno not in NO_RENAMING or not source.is_dir():
+                raise
+            shutil.copytree(source, target)
+            return shutil.rmtree(source)
     os.replace(source, target)
 
 
@@ -725,7 +732,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for word in sys.argv[1:] if argv is None else argv:
         words += read_arguments(Path(os.path.expanduser(word[1:]))) if word.startswith("@") else [word]
     args = build_parser().parse_args(words)
-    for flag in ("instance_prompt", "caption_prefix", "class_prompt", "validation_prompt", "final_validation_prompt"):
+    texts = ("instance_prompt", "caption_prefix", "class_prompt", "validation_prompt", "final_validation_prompt")
+    for flag in [name for name, value in vars(args).items() if value == "" and name not in texts]:
+        raise UserError(f"--{flag} is empty, as of a variable that is not set: give it, or leave it out")
+    for flag in texts:
         if HALF_A_CHARACTER.search("".join(getattr(args, flag) or "")):
             raise UserError(f"--{flag} is not UTF-8")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:

@@ -229,6 +229,8 @@ def test_lora_layers_trains_what_it_names_and_nothing_else(names, modules, tiny_
         (["--lora_layers=feed_forwrd.w1"], ["--lora_layers", "feed_forwrd.w1", "feed_forward.w1"]),
         (["--lora_layers=layers.0.attn.to_q"], ["--lora_layers", "layers.0.attn.to_q", "layers.0.attention.to_q"]),
         (["--lora_layers=layers.7.attention.to_q"], ["--lora_layers", "layers.7.attention.to_q"]),
+        (["--dataset_name="], ["--dataset_name is empty"]),
+        (["--transformer_path", ""], ["--transformer_path is empty"]),
         (["@missing.args"], ["missing.args"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("--", "@")) and "=" in value[0] else None,

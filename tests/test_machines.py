@@ -214,6 +214,22 @@ def test_a_rename_is_tried_again_while_another_program_holds_the_file(kind, tmp_
     assert 3 < sum(trainer.RENAMING_PAUSES) < 10
 
 
+def test_where_folders_cannot_be_renamed_they_are_copied(train, tmp_path, monkeypatch):
+    original = os.replace
+
+    def refuse_folders(source, target):
+        if os.path.isdir(source):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_folders)
+    flags = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "earlier-run-1" / "checkpoint-2"):
+        assert train(**flags)[0] == 0
+        assert trainer.read_checkpoint(folder).step == 2
+        assert [path.name for path in folder.parent.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_files_of_the_user_in_the_output_folder_stay_as_they_are(train, tmp_path):
     out = tmp_path / "out"
     mine = write(out, README_dot_md="mine", samples__note_dot_txt="mine", comfyui__other_dot_txt="mine", best="mine")
