@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported: no test asks the network
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where nohup runs the tests
 
 from tiny import build_photos, build_tiny_pipeline  # noqa: E402
 
