@@ -1297,8 +1297,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     for name in {*trackers} - {"all", *map(str, get_available_trackers())}:
         known = ", ".join(LOGGER_TYPE_TO_CLASS)
         raise UserError(f"--report_to {name} is unknown or missing: pip install {name}, or take one of {known}")
-    what = f"--mixed_precision {precision or launcher_precision}, or the launcher's config or variables"
-    with user_errors(what, ValueError, ImportError, RuntimeError):
+    with user_errors(f"--mixed_precision {precision or launcher_precision}, or the launcher's config or variables"):
         accelerator = Accelerator(
             mixed_precision=precision,
             log_with=trackers or None,
