@@ -29,7 +29,6 @@ import ctypes
 import dataclasses
 import difflib
 import errno
-import fnmatch
 import functools
 import glob
 import hashlib
@@ -247,9 +246,7 @@ FILE_KINDS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a pickled checkpoint", b"\
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     """{tensor: {"dtype", "shape", "data_offsets"}} of a file, and its "__metadata__". Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a safetensors file")
-    with open(path, "rb") as file:
+    with user_errors(f"{path} cannot be read, give a safetensors file", OSError), open(path, "rb") as file:
         start = file.read(8)
         header = file.read(min(int.from_bytes(start, "little"), 10**8))  # safetensors' own limit
     if not header.startswith(b"{"):
@@ -259,25 +256,14 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         return json.loads(header)
 
 
-def digest_of(value: Any) -> str:
-    """A digest of anything whose repr says all of it."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def digest_number(*parts: Any) -> int:
-    """A seed of 63 bits that is a function of `parts` alone."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+def digest_of(value: Any, size: int = 16) -> str:
+    """A digest of bytes, or of anything else whose repr says all of it, in hexadecimal."""
+    return hashlib.blake2b(value if isinstance(value, bytes) else repr(value).encode(), digest_size=size).hexdigest()
 
 
 def seeded_generator(*parts: Any) -> torch.Generator:
-    """A CPU generator whose state is a function of `parts` alone."""
-    return torch.Generator().manual_seed(digest_number(*parts))
+    """A CPU generator whose seed, of 63 bits, is a function of `parts` alone."""
+    return torch.Generator().manual_seed(int.from_bytes(bytes.fromhex(digest_of(parts, 8)), "little") >> 1)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -295,11 +281,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder, again for some seconds where a virus scanner or a sync client holds it."""
+def rename(source: Path, target: Path, folders: bool = False) -> None:
+    """Rename, again for some seconds where a scanner holds it; with `folders`, make and remove those around it too."""
+    function = os.renames if folders else os.replace
     for pause in RENAMING_PAUSES:
         try:
-            return os.replace(source, target)
+            return function(source, target)
         except PermissionError:
             time.sleep(pause)
         except OSError as error:
@@ -307,7 +294,7 @@ def rename(source: Path, target: Path) -> None:
                 raise
             shutil.copytree(source, target)
             return shutil.rmtree(source)
-    os.replace(source, target)
+    function(source, target)
 
 
 @contextlib.contextmanager
@@ -342,16 +329,14 @@ class StopSignal(contextlib.ExitStack):
             self.number, self.noted = number, time.monotonic()
             logger.warning(f"{signal.Signals(number).name}: finishing the step, then saving a checkpoint")
         elif number == signal.SIGINT and time.monotonic() - self.noted > 1:  # not the first, passed on by a launcher
-            kept = ", ".join(map(str, self.list_kept())) or "no checkpoint"
-            logger.warning(f"Ended at once, in the middle of a step; there is {kept}")
+            logger.warning(f"Ended amid a step; there is {listed(map(str, self.list_kept())) or 'no checkpoint'}")
             raise KeyboardInterrupt
 
 
 class OutputFolder:
-    """`--output_dir`. `run.json` in it lists what this program has made there: {name: digest}.
+    """`--output_dir`. `run.json` lists what this program made there, {name: digest}; a name before it is written.
 
-    A name is listed before its file is written, its digest once that is done. A file that is listed with its digest,
-    or without one, is the program's own. Any other is the user's: it is never written, moved or uploaded.
+    A file with its digest, or listed without one, is the program's. Others are never written, moved or uploaded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -374,12 +359,7 @@ class OutputFolder:
     def owns(self, name: str) -> bool:
         """Whether that name is free, or its file as this program left it."""
         path, digest = self.path / name, self.record["files"].get(name, "")
-        return not os.path.lexists(path) or path.is_file() and digest in (None, file_digest(path))
-
-    @property
-    def own_files(self) -> list[str]:
-        """The names of the files that are as this program left them."""
-        return [name for name in self.record["files"] if (self.path / name).is_file() and self.owns(name)]
+        return not os.path.lexists(path) or path.is_file() and digest in (None, digest_of(path.read_bytes()))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -391,7 +371,7 @@ class OutputFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             yield part
-        self.update(files=self.record["files"] | {name: file_digest(path)})
+        self.update(files=self.record["files"] | {name: digest_of(path.read_bytes())})
 
 
 def release_memory() -> None:
@@ -417,10 +397,9 @@ def read_arguments(path: Path) -> list[str]:
     """The words of an `@file`, in which a word that begins with # begins a comment. Raises UserError."""
     words = []
     for line in read_text(path).splitlines():
-        lexer = shlex.shlex(re.sub(r"""("(\\.|[^"\\])*"|'[^']*'|\\.)|(?<!\S)#.*""", r"\1", line), posix=True)
-        lexer.whitespace_split, lexer.escape, lexer.commenters = True, "" if WINDOWS else "\\", ""
+        line = re.sub(r"""("(\\.|[^"\\])*"|'[^']*'|\\.)|(?<!\S)#.*""", r"\1", line)
         with user_errors(f"{path}: {line!r}", ValueError):  # an open quote
-            words += lexer
+            words += shlex.split(line.replace("\\", r"\\") if WINDOWS else line)
     return words
 
 
@@ -443,6 +422,7 @@ non_negative = checked(float, "0 or more", lambda x: 0 <= x < math.inf)
 finite = checked(float, "finite", math.isfinite)
 fraction = checked(float, "from 0 to 1", lambda x: 0 <= x <= 1)
 below_one = checked(float, "from 0 to below 1", lambda x: 0 <= x < 1)
+of_16 = checked(int, "a multiple of 16, as in 1024,1024;832,1248", lambda n: n > 0 and n % SIZE_MULTIPLE == 0)
 
 
 def fraction_or_word(text: str) -> float | str:
@@ -458,11 +438,7 @@ def resolutions(text: str) -> tuple[int, ...]:
 
 def bucket_list(text: str) -> list[Size]:
     """An argparse type: `"h,w;h,w"` in pixels, each a multiple of 16."""
-    with contextlib.suppress(ValueError):
-        buckets = [(int(h), int(w)) for h, w in (pair.split(",") for pair in text.split(";") if pair.strip())]
-        if buckets and all(side > 0 and side % SIZE_MULTIPLE == 0 for side in itertools.chain(*buckets)):
-            return buckets
-    raise argparse.ArgumentTypeError(f"{text!r} is not as 1024,1024;832,1248, in multiples of {SIZE_MULTIPLE}")
+    return [(of_16(h), of_16(w)) for h, w in (pair.split(",") for pair in text.strip("; ").split(";"))]
 
 
 def build_parser() -> OneLineErrorParser:
@@ -480,11 +456,8 @@ def build_parser() -> OneLineErrorParser:
         group.add_argument(flag, help=text, **options)
 
     # fmt: off
-    parser = OneLineErrorParser(
-        prog="train_dreambooth_lora_z_image.py",
-        description="Teach Z-Image a subject, a character or a style from a few pictures, as a LoRA.",
-        epilog="@FILE reads arguments from a file: one flag a line, # begins a comment.",
-    )
+    text = "Teach Z-Image a subject, a character or a style, as a LoRA. @FILE: a file of flags; # begins a comment."
+    parser = OneLineErrorParser(prog="train_dreambooth_lora_z_image.py", description=text)
     parser.register("type", None, os.path.expanduser)  # of texts: shells do that in `--flag ~/x` alone
 
     group = parser.add_argument_group("Model and precision")
@@ -503,8 +476,7 @@ def build_parser() -> OneLineErrorParser:
     add("--allow_tf32", "Allow TF32 in float32 matrix products on Ampere and later.")
     add("--compile", "Compile the repeated transformer block with torch.compile.")
     add("--base_adapter PATH[:WEIGHT]", "A LoRA merged into the base for training alone, as for a distilled model.")
-    add("--attention_backend NAME", "A backend of diffusers' attention dispatcher, for example native.",
-        choices=[backend.value for backend in AttentionBackendName])
+    add("--attention_backend NAME", "Of diffusers' dispatcher.", choices=[b.value for b in AttentionBackendName])
     add("--enable_npu_flash_attention", "Use the NPU's flash attention (needs torch_npu).")
     add("--fsdp_text_encoder", "Shard the text encoder over the processes while it encodes.")
 
@@ -519,8 +491,7 @@ def build_parser() -> OneLineErrorParser:
     add("--masked_loss", "Weigh the loss by the alpha channel or photo-masklabel.png: white is what matters.")
     add("--unmasked_weight W", "Of the rest, beside that.", type=fraction, default=0.1)
     add("--repeats N", "How often each picture counts in an epoch.", type=count, default=1)
-    add("--resolution PIXELS", "Side of the training pictures, or several: 512,768,1024 trains each picture at each.",
-        type=resolutions, default="1024")
+    add("--resolution PIXELS", "Side of pictures; 512,768 trains each at both.", type=resolutions, default="1024")
     add('--aspect_ratio_buckets "H,W;H,W"', "Sizes: each picture has the nearest in shape.", type=bucket_list)
     add("--use_aspect_ratio_buckets", "Compute such sizes from --resolution; a small picture is not enlarged.")
     add("--center_crop", "Crop the middle. Without it, a crop is drawn anew every epoch.")
@@ -581,9 +552,8 @@ def build_parser() -> OneLineErrorParser:
     add("--seed N", "Default: drawn once, logged and kept.", type=whole)
 
     group = parser.add_argument_group("Validation")
-    add("--validation_prompt PROMPT", "Draw pictures of it while training, always from the same noise. May be "
-        "repeated, or name a text file of prompts, whose lines may end in --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE "
-        "--d SEED --n NEGATIVE.", action="append")
+    add("--validation_prompt PROMPT", "Draw it while training. May be repeated, or name a text file of prompts, whose "
+        "lines may end in --w WIDTH --h HEIGHT --s STEPS --l GUIDANCE --d SEED --n NEGATIVE.", action="append")
     add("--num_validation_images N", "For each prompt; 0: none.", type=whole, default=4)
     add("--final_validation_prompt PROMPT", "For the pictures after training. Default: the same.")
     add("--skip_final_inference", "Draw no pictures after training.")
@@ -629,11 +599,7 @@ def round_size(side: float) -> int:
 
 
 def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Size:
-    """The training size of a picture of `size`.
-
-    With `buckets`, the one nearest in shape (ties: in area). Without, the nearest in shape of a ladder computed for
-    `resolution`, or for the largest smaller resolution whose bucket the picture fills without being enlarged.
-    """
+    """The nearest in shape of `buckets`, or of those of `resolution` or the next below it that the picture fills."""
     height, width = size
 
     def distance(bucket: Size) -> tuple[float, int]:
@@ -648,11 +614,6 @@ def assign_bucket(size: Size, buckets: list[Size] | None, resolution: int) -> Si
         if bucket[0] <= height and bucket[1] <= width:
             return bucket
     return (SIZE_MULTIPLE, SIZE_MULTIPLE)
-
-
-def hub_repository(args: argparse.Namespace) -> str:
-    """The repository's name on the Hub, with or without its owner."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -671,9 +632,6 @@ class Drawing:
     def size(self) -> Size:
         return round_size(self.height), round_size(self.width)
 
-    def __repr__(self) -> str:
-        return repr(self.prompt)  # in trackers and on the card
-
 
 def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **options: Any) -> Drawing:
     """A prompt, drawn by `options`, then by the flags; with `own`, as the pipeline does, but for a distilled model."""
@@ -685,19 +643,14 @@ def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **optio
     return Drawing(prompt, **{"width": side, "height": side, "steps": steps, "guidance": guidance, **options})
 
 
-PROMPT_OPTIONS = {"w": "width", "h": "height", "s": "steps", "l": "guidance", "d": "seed", "n": "negative_prompt"}
-
-
 def read_drawing(line: str, where: str, args: argparse.Namespace) -> Drawing:
     """A line of a file of prompts, with its options: `a dog --w 768 --d 7 --n blurry`. Raises UserError."""
     prompt, *words = re.split(r"(?:^|\s+)--(?=[^\s-])", line.strip())
-    options = {}
+    fields = {"w": "width", "h": "height", "s": "steps", "l": "guidance", "d": "seed", "n": "negative_prompt"}
+    kinds, options = {"l": non_negative, "d": whole, "n": str}, {}
     for name, *value in (word.split(maxsplit=1) for word in words):
-        if name not in PROMPT_OPTIONS or not value:
-            raise UserError(f"{where}: --{name} is none of --{' --'.join(PROMPT_OPTIONS)}, or has no value")
-        kind = {"l": non_negative, "d": whole, "n": str}.get(name, count)
-        with user_errors(f"{where}: --{name}", ValueError, argparse.ArgumentTypeError):
-            options[PROMPT_OPTIONS[name]] = kind(value[0])
+        with user_errors(f"{where}: --{name} is none of --{' --'.join(fields)}, or its value is wrong"):
+            options[fields[name]] = kinds.get(name, count)(*value)
     return drawing_of(prompt, args, **options)
 
 
@@ -717,17 +670,8 @@ def read_prompts(args: argparse.Namespace) -> list[Drawing]:
     return drawings
 
 
-def validation_prompts(args: argparse.Namespace, final: bool = False) -> list[Drawing]:
-    """What to draw while training, or at its end."""
-    if args.num_validation_images == 0 or final and args.skip_final_inference:
-        return []
-    if final and args.final_validation_prompt:
-        return [drawing_of(args.final_validation_prompt, args)]
-    return args.validation_prompt or []
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a command line (default: `sys.argv[1:]`), checked, files of prompts read. Raises UserError."""
+    """The flags of a command line (default: `sys.argv[1:]`), checked, prompts as Drawings. Raises UserError."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         words += read_arguments(Path(os.path.expanduser(word[1:]))) if word.startswith("@") else [word]
@@ -746,43 +690,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--resolution: two of its sizes are the same, in multiples of 16: leave one out")
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UserError("give exactly one of --instance_data_dir and --dataset_name")
-    if args.dataset_config_name and not args.dataset_name:
-        raise UserError("--dataset_config_name belongs to --dataset_name: give that too, or leave it out")
     float8 = "fp8" if args.do_fp8_training else None
     if len({float8, args.base_model_precision, args.bnb_quantization_config_path} - {None}) > 1:
         raise UserError("--do_fp8_training, --base_model_precision, --bnb_quantization_config_path: choose one")
     args.base_model_precision = float8 or args.base_model_precision
-    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
-        raise UserError("--with_prior_preservation needs --class_data_dir and --class_prompt")
-    if args.plan_for and not args.dry_run:
-        raise UserError("--plan_for only counts: give --dry_run too, or leave it out")
-    if args.save_best and not args.validation_data_dir:
-        raise UserError("--save_best needs --validation_data_dir, whose loss says which step is the best")
-    if args.push_to_hub or args.hub_model_id:
+    needs = {"plan_for": ["dry_run"], "save_best": ["validation_data_dir"], "dataset_config_name": ["dataset_name"]}
+    needs["with_prior_preservation"] = ["class_data_dir", "class_prompt"]
+    for flag, needed in needs.items():
+        if getattr(args, flag) and not all(getattr(args, name) for name in needed):
+            raise UserError(f"--{flag} needs --{' and --'.join(needed)}: give that too, or leave it out")
+    needs_name = args.push_to_hub or args.hub_model_id
+    args.hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if needs_name:
         with user_errors("--hub_model_id (default: the name of --output_dir)", hub_errors.HFValidationError):
-            validate_repo_id(hub_repository(args))
-    args.validation_prompt = read_prompts(args) or None  # a file may change meanwhile
+            validate_repo_id(args.hub_model_id)
+    prompts, draws = read_prompts(args), args.num_validation_images > 0  # now: a file may change meanwhile
+    last = [drawing_of(args.final_validation_prompt, args)] if args.final_validation_prompt else prompts
+    args.validation_prompt = prompts if draws else []
+    args.final_validation_prompt = last if draws and not args.skip_final_inference else []
     return args
 
 
 def ineffective_flags(args: argparse.Namespace) -> list[str]:
     """Lines about flags that were given and change nothing, or something else than they may seem to."""
+    prodigy, noise = args.optimizer == "prodigy", "more" if args.logit_mean > 0 else "less"
+    no_class = not args.with_prior_preservation and (args.class_data_dir or args.class_prompt)
+    idle_warmup = args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500)
     unused = ("text_encoder_lr", "adam_weight_decay_text_encoder", "local_rank")
-    lines = [f"--{flag} has no effect: see --help" for flag in unused if getattr(args, flag) is not None]
-    if args.use_8bit_adam and args.optimizer == "prodigy":
-        lines.append("--use_8bit_adam has no effect: Prodigy keeps its state in float32")
-    if (args.class_data_dir or args.class_prompt) and not args.with_prior_preservation:
-        lines.append("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
-    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
-        lines.append(f"--learning_rate {args.learning_rate:g} is low for Prodigy, which finds its own: 1.0 is usual")
-    if args.logit_mean:
-        noise = "more" if args.logit_mean > 0 else "less"
-        lines.append(f"--logit_mean {args.logit_mean:g} means {noise} noise, as in the paper; some trainers flip it")
-    if args.unmasked_weight != 0.1 and not args.masked_loss:
-        lines.append("--unmasked_weight has no effect without --masked_loss")
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, 500):
-        lines.append("--lr_warmup_steps has no effect with --lr_scheduler constant: take constant_with_warmup")
-    return lines
+    lines = {f"--{flag} has no effect: see --help": getattr(args, flag) is not None for flag in unused} | {
+        "--use_8bit_adam has no effect: Prodigy keeps its state in float32": prodigy and args.use_8bit_adam,
+        "--learning_rate is low for Prodigy, which finds its own: 1.0 is usual": prodigy and args.learning_rate <= 0.1,
+        "--class_data_dir and --class_prompt have no effect without --with_prior_preservation": no_class,
+        "--unmasked_weight has no effect without --masked_loss": args.unmasked_weight != 0.1 and not args.masked_loss,
+        "--lr_warmup_steps has no effect with constant: take constant_with_warmup": idle_warmup,
+        f"--logit_mean means {noise} noise, as in the paper; some trainers flip it": args.logit_mean,
+    }
+    return [line for line, holds in lines.items() if holds]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1174,7 +1117,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     if lacking and Path(name).is_dir():
         raise UserError(f"{flag}: its {lacking[0]} has no weights")
     side = round_size(max(args.resolution))
-    sizes = [(side, side), *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in validation_prompts(args))]
+    sizes = [(side, side), *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in args.validation_prompt)]
     height, width = (positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:])  # of rotary embeddings
     if any(size[0] > height or size[1] > width for size in sizes):
         flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
@@ -1295,8 +1238,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             torch.distributed.init_process_group(f"{gpu.type}:{backend},cpu:gloo", timeout=PROCESS_TIMEOUT)
     trackers = [name.strip() for name in args.report_to.split(",")] if args.report_to != "none" else []
     for name in {*trackers} - {"all", *map(str, get_available_trackers())}:
-        known = ", ".join(LOGGER_TYPE_TO_CLASS)
-        raise UserError(f"--report_to {name} is unknown or missing: pip install {name}, or take one of {known}")
+        raise UserError(f"--report_to {name} is unknown: pip install {name}, or {', '.join(LOGGER_TYPE_TO_CLASS)}")
     with user_errors(f"--mixed_precision {precision or launcher_precision}, or the launcher's config or variables"):
         accelerator = Accelerator(
             mixed_precision=precision,
@@ -1310,32 +1252,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def check_machine(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Whether the device and the accelerate config can do what was asked. Raises UserError."""
-    precision, device = accelerator.mixed_precision, accelerator.device.type
-    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
-        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
-    if precision == "fp16" and device == "cpu":
-        raise UserError("--mixed_precision fp16: the CPU has no fp16 training; take bf16, or no")
-    if precision == "fp16":
-        logger.warning("--mixed_precision fp16: this model's activations come near its largest number; prefer bf16")
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        logger.warning(f"--mixed_precision bf16: {name} emulates it, up to 8 times slower than a GPU that has it")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2 or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            raise UserError("the accelerate config's fsdp_config: set fsdp_version: 2 and fsdp_offload_params: false")
-    elif args.fsdp_text_encoder:
-        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
-    if args.attention_backend:
-        with user_errors(f"--attention_backend {args.attention_backend}", RuntimeError, ImportError):
-            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
-
-
 def start_run(args: argparse.Namespace) -> Accelerator:
-    """Set up the processes, logging and precision; check what this machine can do. Raises UserError."""
+    """Set up the processes and logging, and check what this machine can do. Raises UserError."""
     accelerator = make_accelerator(args)
+    precision, device = accelerator.mixed_precision, accelerator.device.type
     if LINUX and "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         pr_set_pdeathsig = 1  # a signal when `accelerate launch` dies, which does not pass SIGTERM on
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
@@ -1349,7 +1269,23 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     # PEFT: int8 layers cannot be merged, and --base_adapter is a second one. torch: the first update was skipped.
     warnings.filterwarnings("ignore", ".*(get_apply_tensor_subclass|`peft_config` attribute|`lr_scheduler.step)")
     warnings.filterwarnings("ignore", ".*complex operators")  # Inductor, of the rotary embedding, which it leaves be
-    check_machine(args, accelerator)
+    if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
+        raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--mixed_precision fp16: the CPU has no fp16 training; take bf16, or no")
+    if precision == "fp16":
+        logger.warning("--mixed_precision fp16: this model's activations come near its largest number; prefer bf16")
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning(f"--mixed_precision bf16: {torch.cuda.get_device_name()} emulates it, up to 8 times slower")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise UserError("the accelerate config's fsdp_config: set fsdp_version: 2 and fsdp_offload_params: false")
+    elif args.fsdp_text_encoder:
+        raise UserError("--fsdp_text_encoder needs an accelerate config with distributed_type: FSDP")
+    if args.attention_backend:
+        with user_errors(f"--attention_backend {args.attention_backend}", RuntimeError, ImportError):
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for line in ineffective_flags(args):
@@ -1412,7 +1348,7 @@ def cached_encoding(run: Run, key: tuple, compute: Callable[[], Tensor], togethe
 def tokenize(examples: Examples, run: Run) -> dict[str, list[int]]:
     """{prompt: its tokens, as they are encoded} of captions, the empty prompt and what is drawn; warns of cut ones."""
     args, tokenizer, tokens = run.args, run.pipeline.tokenizer, {}
-    drawings = [*validation_prompts(args), *validation_prompts(args, final=True)]
+    drawings = args.validation_prompt + args.final_validation_prompt
     prompts = {"", args.class_prompt or "", *(example.caption for kind in examples for example in examples[kind])}
     positions = run.pipeline.transformer_config["axes_lens"][0]  # of the rotary embedding: the picture takes some too
     limit = min(args.max_sequence_length, (positions - 2) // TOKEN_MULTIPLE * TOKEN_MULTIPLE)
@@ -1532,9 +1468,9 @@ def cache_latents(examples: list[Example], run: Run) -> dict[tuple[Example, bool
         return encode_images(vae(), pixels[None], run)[0].cpu()
 
     for number, example in with_progress(run.own_part(list(enumerate(examples))), "pictures encoded", run.accelerator):
-        content = hashlib.blake2b(read_bytes(example.source)).hexdigest()
+        content = digest_of(read_bytes(example.source), 64)
         crop = draw_crop(example, args, content)  # not by the run's seed: so the next run can use the latents
-        mask = file_digest(example.mask) if isinstance(example.mask, Path) else example.mask
+        mask = digest_of(example.mask.read_bytes()) if isinstance(example.mask, Path) else example.mask
         key = ("latents", run.pipeline.identity["vae"], content, example.bucket, crop, mask)
         for flip in {False, args.random_flip and example.kind != "held-out"}:
             latents = cached_encoding(run, (*key, flip), functools.partial(encode, example, crop, flip))
@@ -1882,7 +1818,7 @@ def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, A
             targets = {}
             for module in alphas:  # by their ends, as a person would name them
                 targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
-        lora = LoraSettings(ranks[0], alpha, targets, state, file_digest(file), base)
+        lora = LoraSettings(ranks[0], alpha, targets, state, digest_of(file.read_bytes()), base)
         if set(lora.modules) != set(alphas):
             raise UserError(f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: omit that")
         return lora
@@ -2295,7 +2231,7 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     own, drawing = run.own_part(free[:missing]), drawing_of(args.class_prompt, args, own=True)
     for first in with_progress(range(0, len(own), size), "batches of class pictures", run.accelerator):
         numbers = own[first : first + size]
-        seeds = [digest_number(run.seed, "class image", number) for number in numbers]
+        seeds = [seeded_generator(run.seed, "class image", number).initial_seed() for number in numbers]
         latents = draw_latents(transformer, drawing, seeds, prompt_embeds, run)
         with training_utils.offload_models(transformer, device="cpu"):  # while the VAE is on the device
             images = decode_latents(latents, run)
@@ -2434,7 +2370,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         part.mkdir(parents=True)
         state.save(part)
         manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint}
-        manifest["files"] = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(part.iterdir())}
+        manifest["files"] = {path.name: digest_of(path.read_bytes()) for path in sorted(part.iterdir())}
         manifest["trackers"] = {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"}
         signed = {"digest": digest_of(json.dumps(manifest))} | manifest
         (part / MANIFEST).write_text(json.dumps(signed, indent=1))
@@ -2468,8 +2404,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise UserError(f"{path} is damaged: {MANIFEST} is not what was saved")
         if STATE_FILE not in manifest["files"]:
             raise UserError(f"{path} is a checkpoint of an earlier version of this trainer, which had no {STATE_FILE}")
-        for name, (size, digest) in manifest["files"].items():
-            if (path / name).stat().st_size != size or file_digest(path / name) != digest:
+        for name, digest in manifest["files"].items():
+            if digest_of((path / name).read_bytes()) != digest:
                 raise UserError(f"{path} is damaged: {name} is not what was saved")
         return Checkpoint(path=path, **manifest)
 
@@ -2689,7 +2625,8 @@ class Validation:
 
     def __call__(self, final: bool = False) -> list[dict[str, Any]]:
         """Validate the model as it stands; returns what the card shows of the pictures, on the main process."""
-        run, prompts, gallery = self.run, validation_prompts(self.run.args, final), []
+        run, args, gallery = self.run, self.run.args, []
+        prompts = args.final_validation_prompt if final else args.validation_prompt
         firsts = [(drawing, run.seed if drawing.seed is None else drawing.seed) for drawing in prompts]
         numbers = range(run.args.num_validation_images)
         drawings = [dataclasses.replace(drawing, seed=first + n) for drawing, first in firsts for n in numbers]
@@ -2697,7 +2634,7 @@ class Validation:
             held_out = self.measure() if "held-out" in self.data.plan.examples else None
             images = self.draw(drawings) if drawings else []
         if images and run.accelerator.is_main_process:
-            kind = "step" if prompts == validation_prompts(run.args) else "final"  # of --final_validation_prompt
+            kind = "step" if prompts == args.validation_prompt else "final"  # of --final_validation_prompt
             with optional("Saving the pictures"):
                 gallery = save_pictures(images, drawings, kind, self.state.step, held_out, run)
         self.write_page()
@@ -2706,7 +2643,7 @@ class Validation:
     def write_page(self, end: str = "") -> None:
         """Bring `samples/index.html` up to date, on the main process; `end` says how the run has ended, if it has."""
         args, step, now = self.run.args, self.state.step, time.strftime("%Y-%m-%d %H:%M:%S %z")
-        if self.run.accelerator.is_main_process and (validation_prompts(args) or validation_prompts(args, True)):
+        if self.run.accelerator.is_main_process and (args.validation_prompt or args.final_validation_prompt):
             status = f"{end or 'Written'} {now}, step {step} of {self.data.plan.max_train_steps}."
             status += "" if end else " Nothing says that the run has ended: if that was long ago, it may have stopped."
             with optional("samples/index.html"):
@@ -2878,7 +2815,7 @@ def training_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
     with _disable_current_modes():  # its order is drawn in real numbers
         number, bucket, tokens, accumulates = largest_micro_batch(plan, run)
     held_out = [e.bucket for e in plan.examples.get("held-out", [])]
-    drawn = [drawing.size for drawing in [*validation_prompts(args), *validation_prompts(args, final=True)]]
+    drawn = [drawing.size for drawing in args.validation_prompt + args.final_validation_prompt]
     transformer = load_transformer(fake)
     if run.sharded:  # FSDP gathers a block while the one before it computes
         share = 1 / run.accelerator.num_processes + 2 / len(transformer_blocks(transformer))
@@ -3033,11 +2970,11 @@ def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, dict[str, float]]:
 
 
 def loggable(run: Run) -> dict[str, int | float | str]:
-    """The flags as trackers and the card may show them: no token, nothing but numbers and texts."""
+    """The flags that are set, as trackers and the card may show them: no token, nothing but numbers and texts."""
     lora = {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "lora_layers": ",".join(run.lora.targets)}
-    flags = vars(run.args) | lora | {"resolution": ",".join(map(str, run.args.resolution))}
-    del flags["hub_token"]
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in flags.items()}
+    flags = vars(run.args) | lora | {"hub_token": None}
+    flags = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flags.items()}
+    return {name: value for name, value in flags.items() if str(value) not in ("None", "False", "[]")}
 
 
 def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
@@ -3051,65 +2988,42 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
     if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
         settings["tensorboard"] = {"purge_step": checkpoint.step + 1}  # or steps would stand there twice
         settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
-    with user_errors(f"--report_to {args.report_to} cannot start"):
+    with user_errors(f"--logging_dir {args.logging_dir}, --report_to {args.report_to} cannot start"):
         accelerator.init_trackers("dreambooth-z-image-lora", config=loggable(run), init_kwargs=settings)
 
 
-def find_duplicates(examples: list[Example]) -> list[tuple[Example, Example]]:
-    """Pairs of pictures with the same bytes; only those of the same size are read."""
-    examples = {(e.kind, e.name): e for e in examples}.values()  # each once, of its sizes
-    files = [(e, e.source.stat().st_size if isinstance(e.source, Path) else len(e.source())) for e in examples]
-    often, first = Counter(size for _, size in files), {}
-    alike = [e for e, size in files if often[size] > 1]
-    pairs = [(first.setdefault(hashlib.blake2b(read_bytes(e.source)).digest(), e), e) for e in alike]
-    return [(one, other) for one, other in pairs if one is not other]
-
-
-def describe_sources(examples: list[Example], folder: str | None) -> Iterator[str]:
-    """Where pictures and captions came from, and what of the folder was left out, as lines."""
-    places = Counter((e.source.parent, e.repeats) for e in examples if isinstance(e.source, Path))
-    origins = Counter(e.origin if isinstance(e.origin, str) else f"{e.origin.suffix.lower()} files" for e in examples)
+def describe_pictures(kind: str, examples: list[Example], folder: str | None) -> Iterator[str]:
+    """How many pictures and captions came from where, what was left out, and what becomes of them, as lines."""
+    pictures = {e.name: e for e in examples}.values()  # each once, of its sizes
+    yield f"{len(pictures)} {kind} pictures:"
+    places = Counter((e.source.parent, e.repeats) for e in pictures if isinstance(e.source, Path))
     for (place, times), n in places.items():
         yield f"  {n} in {place}" + f", counted {times} times" * (times > 1)
-    yield "  captions: " + ", ".join(f"{n} from {origin}" for origin, n in origins.items())
-    if any(e.mask for e in examples):
-        yield f"  masks: {sum(isinstance(e.mask, Path) for e in examples)} files; else the alpha channel"
+    origins = Counter(e.origin if isinstance(e.origin, str) else f"{e.origin.suffix.lower()} files" for e in pictures)
+    yield from (f"  {n} captions from {origin}" for origin, n in origins.items())
     if folder:
-        files = {path for e in examples for path in (e.source, e.origin, e.mask) if isinstance(path, Path)}
+        files = {path for e in pictures for path in (e.source, e.origin, e.mask) if isinstance(path, Path)}
         used = files.union(*(file.parents for file in files))
         listings = [list_folder(place) for place in sorted({Path(folder), *(place for place, _ in places)})]
         if left_out := [str(path.relative_to(folder)) for paths in listings for path in paths if path not in used]:
             yield f"  left out: {listed(left_out, 20)}"
-
-
-def describe_pictures(examples: Examples, args: argparse.Namespace) -> Iterator[str]:
-    """The pictures by size, and how much they are scaled and cut, as lines."""
-    for kind, kind_examples in examples.items():
-        pictures = list({e.name: e for e in kind_examples}.values())
-        yield f"{len(pictures)} {kind} pictures" + (":" if pictures else ", none yet")
-        if pictures:
-            yield from describe_sources(pictures, getattr(args, PICTURE_FLAGS[kind]))
-        ratios = defaultdict(list)
-        for e in kind_examples:
-            ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
-        for (height, width), pairs in sorted(ratios.items()):
-            scales = sorted(larger for _, larger in pairs)  # the picture covers its bucket
-            scaled = f"scaled to {scales[0]:.0%} to {scales[-1]:.0%}"
-            cut = statistics.fmean(1 - smaller / larger for smaller, larger in pairs)
-            yield f"  {len(pairs)} at height {height}, width {width}: {scaled}, {cut:.0%} cut off on average"
-        if enlarged := [e.name for e in kind_examples if e.size[0] < e.bucket[0] or e.size[1] < e.bucket[1]]:
-            yield f"  {len(enlarged)} are smaller than that and enlarged, such as {enlarged[0]}"
-        for one, other in find_duplicates([e for e in pictures if isinstance(e.source, Path)]):
-            yield f"  the same picture twice: {one.name} and {other.name}"
+    ratios = defaultdict(list)
+    for e in examples:
+        ratios[e.bucket].append(sorted((e.bucket[0] / e.size[0], e.bucket[1] / e.size[1])))
+    for (height, width), pairs in sorted(ratios.items()):
+        enlarged = sum(larger > 1 for _, larger in pairs)  # the larger covers the bucket
+        cut = statistics.fmean(1 - smaller / larger for smaller, larger in pairs)
+        yield f"  {len(pairs)} at height {height}, width {width}: {enlarged} enlarged, {cut:.0%} cut off on average"
 
 
 def describe_plan(plan: TrainingPlan, run: Run) -> Iterator[str]:
     """What the run will do, as lines: pictures, steps, LoRA."""
     args, examples = run.args, plan.examples
-    yield from describe_pictures(examples, args)
+    for kind in examples:
+        yield from describe_pictures(kind, examples[kind], getattr(args, PICTURE_FLAGS[kind]))
     if plan.missing_class_images:
         yield f"{plan.missing_class_images} class pictures are missing and will be generated"
-    drawn = [side for drawing in validation_prompts(args) for side in (drawing.width, drawing.height)]
+    drawn = [side for drawing in args.validation_prompt for side in (drawing.width, drawing.height)]
     for side in sorted({*args.resolution, *drawn}):
         if round_size(side) != side:
             yield f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}"
@@ -3136,11 +3050,9 @@ def make_fingerprint(plan: TrainingPlan, run: Run) -> dict[str, Any]:
     """What decides the mathematics of a run, by name: flags, and digests of the data, the LoRA and the model."""
     args, examples, quantized_by = run.args, plan.examples, run.args.bnb_quantization_config_path
     instances, classes = examples["instance"], {e.name for e in examples.get("class", [])}
-    masks = [e.mask for kind in examples for e in examples[kind] if isinstance(e.mask, Path)]
-    pictures = [
-        (Path(e.name).name, e.size, e.repeats, e.source.stat().st_size if isinstance(e.source, Path) else None)
-        for e in instances
-    ]
+    masks = [e.mask.read_bytes() for kind in examples for e in examples[kind] if isinstance(e.mask, Path)]
+    pictures = [(Path(e.name).name, e.size, e.repeats) for e in instances]
+    file_sizes = [e.source.stat().st_size for e in instances if isinstance(e.source, Path)]
     fingerprint = {name: getattr(args, name) for name in MATHEMATICS}
     fingerprint |= {component: digest for component, digest in run.pipeline.identity.items() if digest}
     return fingerprint | {
@@ -3151,9 +3063,9 @@ def make_fingerprint(plan: TrainingPlan, run: Run) -> dict[str, Any]:
         "samples in all": plan.samples,
         "mixed_precision": run.accelerator.mixed_precision,
         "total batch size": plan.total_batch_size,
-        "pictures": digest_of(pictures),
+        "pictures": digest_of((pictures, file_sizes)),
         "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
-        "masks": digest_of([file_digest(mask) for mask in masks]),
+        "masks": digest_of(masks),
         "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
         "number of class images": len(classes) + plan.missing_class_images,
         "lora_layers": digest_of(run.lora.modules),
@@ -3169,16 +3081,12 @@ MAY_CHANGE = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles
 
 
 def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) -> None:
-    """Say what differs from the run that is resumed.
-
-    Raises UserError where the results would not be of one run, or the processes are about to do different things.
-    """
-    seen = digest_of((file_digest(Path(__file__)), current, checkpoint and checkpoint.step))
+    """Say what differs from the run that is resumed. Raises UserError where it is another run, or processes differ."""
+    seen = digest_of((Path(__file__).read_bytes(), current, checkpoint and checkpoint.step))
     if len({*gather_object([seen])}) > 1:
         raise UserError("the processes differ in pictures, settings, checkpoint or script: start all with the same")
     saved = checkpoint.fingerprint if checkpoint else current
-    new = {name: value for name, value in current.items() if saved.get(name) != value}
-    changes = {name: f"{name} was {saved.get(name)}, is {value}" for name, value in new.items()}
+    changes = {n: f"{n} was {saved.get(n)}, is {value}" for n, value in current.items() if saved.get(n) != value}
     if serious := "; ".join(text for name, text in changes.items() if name not in MAY_CHANGE):
         raise UserError(f"--resume_from_checkpoint {checkpoint.path}: take its settings or start anew. {serious}")
     for text in changes.values():
@@ -3191,12 +3099,8 @@ def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) ->
 
 def next_command(argv: list[str]) -> str:
     """What to type after `--dry_run`, as a line: the same without that flag, its `--plan_for`, and the token."""
-    left_out = argparse.ArgumentParser(add_help=False)  # which takes beginnings of flags too
-    left_out.add_argument("--dry_run", action="store_true")
-    left_out.add_argument("--plan_for")
-    left_out.add_argument("--hub_token")
-    words = left_out.parse_known_args(argv[1:])[1]
-    return f"To train, with the launcher's flags that you gave: accelerate launch {shlex.join([argv[0], *words])}"
+    command = re.sub(r" --(dr\w*|(pl|hub_t)\w*[= ]\S+)", "", shlex.join(argv))  # beginnings of flags too
+    return f"To train, with the launcher's flags that you gave: accelerate launch {command}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3207,26 +3111,22 @@ def next_command(argv: list[str]) -> str:
 def set_aside_earlier_run(args: argparse.Namespace) -> None:
     """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
     output = OutputFolder(args.output_dir)
-    left = [*output.own_files, *(path.name for path in list_checkpoints(output.path))]
+    left = [*filter(output.owns, output.record["files"]), *(path.name for path in list_checkpoints(output.path))]
     if not left:
         return
-    logs = Path(output.path, args.logging_dir).resolve()
-    if output.path.resolve() in logs.parents:  # elsewhere, it can hold the logs of other runs too
-        files = [path.name for path in logs.rglob("*") if not path.is_dir()]
-        if files and all(name.startswith("events.out.tfevents.") or name == "hparams.yml" for name in files):
-            left.append(logs.relative_to(output.path.resolve()))
+    logs, own_log = (output.path / args.logging_dir).resolve(), re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
+    inside = output.path.resolve() in logs.parents  # elsewhere, they can be those of other runs too
+    if inside and all(own_log.fullmatch(path.name) for path in logs.rglob("*") if not path.is_dir()):
+        left.append(logs.relative_to(output.path.resolve()))
     folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
     for name in [*left, RUN_FILE]:
         if (output.path / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            rename(output.path / name, folder / name)
-            with contextlib.suppress(OSError):
-                os.removedirs((output.path / name).parent)  # where that was the last file of it
+            rename(output.path / name, folder / name, folders=True)
     logger.warning(f"{output.path} held an earlier run: moved to {folder}. To continue one: --resume_from_checkpoint")
 
 
 def check_folders(examples: Examples, args: argparse.Namespace) -> None:
-    """Raises UserError where the run would write into a folder that it reads, or choose by what it trains on."""
+    """Raises UserError where the run would write into a folder that it reads."""
     for kind, kind_examples in examples.items():
         read = {getattr(args, PICTURE_FLAGS[kind]) or args.dataset_name}
         read |= {e.source.parent for e in kind_examples if isinstance(e.source, Path)}
@@ -3234,33 +3134,25 @@ def check_folders(examples: Examples, args: argparse.Namespace) -> None:
             written = os.path.realpath(getattr(args, flag) or os.devnull)
             if flag != PICTURE_FLAGS[kind] and written in map(os.path.realpath, read):
                 raise UserError(f"--{flag} {written} holds {kind} pictures, and is written to: choose another folder")
-    pairs = find_duplicates([e for kind in examples for e in examples[kind]]) if "held-out" in examples else []
-    if trained := listed(e.name for other, e in pairs if e.kind == "held-out" != other.kind):
-        if args.save_best:
-            raise UserError(f"--save_best: these of --validation_data_dir are trained on, remove them: {trained}")
-        logger.warning(f"--validation_data_dir: these are trained on, so that their loss means little: {trained}")
 
 
 def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draws_class_images: bool) -> None:
     """Make the folders that the run writes into, and clear what earlier runs left in the way. Raises UserError."""
-    longest_names = {  # tried now with all that could fail hours later: also renaming, and reading by mmap
-        "output_dir": (args.output_dir, f".checkpoint-{2**31}.part/{comfyui_file(args.output_dir)}"),
-        "encoding_cache_dir": (args.encoding_cache_dir, f"{digest_of('')}.safetensors"),
-        "logging_dir": (args.report_to != "none" and Path(args.output_dir, args.logging_dir), "events"),
-        "class_data_dir": (draws_class_images and args.class_data_dir, "class"),
-    }
-    for flag, (folder, name) in longest_names.items():
-        if folder:
-            what = f"--{flag} {str(folder)[:500]!r} cannot be written"
-            with user_errors(what, OSError, SafetensorError, ValueError):
-                str(folder).encode()  # JSON and the card could not name another
-                os.makedirs(folder, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder, ignore_cleanup_errors=True) as probe:
-                    path = Path(probe, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with replacing(path) as part:
-                        save_file({"probe": torch.zeros(2**14)}, part)
-                    load_file(path)
+    folders = {"output_dir": args.output_dir, "encoding_cache_dir": args.encoding_cache_dir}
+    folders["class_data_dir"] = args.class_data_dir if draws_class_images else None
+    for flag, folder in folders.items():
+        if not folder:
+            continue
+        # What could fail hours later: a file by its longest name, which is renamed, and read by mmap
+        with user_errors(f"--{flag} {str(folder)[:500]!r} cannot be written", OSError, SafetensorError, ValueError):
+            str(folder).encode()  # JSON and the card could not name another
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder, ignore_cleanup_errors=True) as probe:
+                path = Path(probe, f".checkpoint-{2**31}.part", comfyui_file(args.output_dir))
+                path.parent.mkdir(parents=True)
+                with replacing(path) as part:
+                    save_file({"probe": torch.zeros(2**14)}, part)
+                load_file(path)
     output = OutputFolder(args.output_dir)
     if checkpoint and checkpoint.path.resolve().parent == output.path.resolve() and not output.file.exists():
         output.update(files={LORA_FILE: None})  # the list was removed; the checkpoint says whose folder it is
@@ -3279,15 +3171,11 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def inline_code(text: str) -> str:
-    """Markdown that shows a text as code, on one line."""
-    return "`" + " ".join(text.split()).replace("`", "'") + "`"
-
-
 def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -> str:
     """Write the card for the Hub; returns its name, `model_card.md` where there is a README.md of the user's."""
-    args, output, prompts = run.args, OutputFolder(run.args.output_dir), validation_prompts(run.args, final=True)
-    base, trigger = args.pretrained_model_name_or_path, args.instance_prompt or (args.caption_prefix or "").strip(" ,")
+    args, output, base = run.args, OutputFolder(run.args.output_dir), run.args.pretrained_model_name_or_path
+    trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
+    prompts = [drawing.prompt for drawing in args.final_validation_prompt] + [trigger or "a photo"]
     on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
     data = ModelCardData(
         library_name="diffusers",
@@ -3297,14 +3185,7 @@ def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -
         tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
         widget=gallery or None,
     )
-    held_in = args.base_model_precision or args.bnb_quantization_config_path and "bitsandbytes' low precision"
     own = drawing_of("", args, own=True)
-    settings = f"num_inference_steps={own.steps}, guidance_scale={own.guidance}"
-    rows = [
-        f"| `--{name}` | " + inline_code(json.dumps(value, ensure_ascii=False)).replace("|", r"\|") + " |"
-        for name, value in sorted(loggable(run).items())
-        if value != "None" and value is not False
-    ]
     text = f"""---
 {data.to_yaml()}
 ---
@@ -3313,9 +3194,8 @@ def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -
 
 {"<Gallery />" if gallery else ""}
 
-A LoRA for {f"[{base}](https://huggingface.co/{base})" if base in on_hub else inline_code(base)}, trained with \
-DreamBooth{f", the base held in {held_in}" if held_in else ""}.
-{f"Trigger words: {inline_code(trigger)}" if trigger else "Trained on captions, without trigger words."}
+A LoRA for {f"[{base}](https://huggingface.co/{base})" if base in on_hub else f"`{base}`"}, trained with DreamBooth.
+{f"Trigger words: `{' '.join(trigger.split())}`" if trigger else "Trained on captions, without trigger words."}
 
 ```python
 import torch
@@ -3323,14 +3203,16 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({repository!r})
-image = pipe({prompts[0] if prompts else trigger or "a photo"!r}, {settings}).images[0]
+image = pipe({prompts[0]!r}, num_inference_steps={own.steps}, guidance_scale={own.guidance}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
 
-| flag | value |
-|---|---|
-{chr(10).join(rows)}
+Trained with these flags:
+
+```json
+{json.dumps(loggable(run), indent=1, ensure_ascii=False)}
+```
 """
     name = "README.md" if output.owns("README.md") else "model_card.md"
     with output.writing(name) as part:
@@ -3340,32 +3222,31 @@ For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load 
 
 def push_to_hub(gallery: list[dict[str, Any]], run: Run) -> None:
     """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
-    args, repository, card = run.args, hub_repository(run.args), "README.md"
+    args, repository, card = run.args, run.args.hub_model_id, "README.md"
     patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]
     try:
         api = HfApi(token=args.hub_token)
         repository = api.create_repo(repository, private=args.hub_private or None, exist_ok=True).repo_id
         card = write_model_card(repository, gallery, run)  # its owner is known now
         output = OutputFolder(args.output_dir)
-        own = [name for name in output.own_files if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-        adding = [CommitOperationAdd(name, output.path / name) for name in own]
+        paths = (path for pattern in patterns for path in output.path.glob(pattern))
+        names = [path.relative_to(output.path).as_posix() for path in paths]
+        adding = [CommitOperationAdd(name, output.path / name) for name in names if output.owns(name)]
         adding.append(CommitOperationAdd("README.md", output.path / card))
         api.create_commit(repository, adding, commit_message="LoRA for Z-Image")
     except Exception as error:  # the client raises its own, those of the network and of the Hub
         cause = isinstance(error, RuntimeError) and error.__cause__ or error  # uploading threads wrap theirs
         reason = " ".join(str(cause).split())
-        flags = [word for pattern in (*patterns, card) for word in ("--include", pattern)]
-        flags += ["--private"] if args.hub_private else []
-        command = shlex.join(["hf", "upload", repository, args.output_dir, ".", *flags])
-        failed = f"--push_to_hub: {reason}. The LoRA is saved in {args.output_dir}; to upload it later: {command}"
-        raise TrainingError(failed) from None
+        flags = ["--private"] * bool(args.hub_private) + [f"--include={name}" for name in (*patterns, card)]
+        later = shlex.join(["hf", "upload", repository, args.output_dir, ".", *flags])
+        raise TrainingError(f"--push_to_hub: {reason}. The LoRA is saved; to upload it later: {later}") from None
 
 
 def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> None:
     """What follows when the LoRA is saved and the last pictures are drawn. Raises TrainingError of an upload."""
     args, plan = run.args, validation.data.plan
     with optional("The model card"):
-        write_model_card(hub_repository(args), gallery, run)
+        write_model_card(args.hub_model_id, gallery, run)
     with optional(RUN_FILE):
         OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
     shown = drawing_of(plan.examples["instance"][0].caption, args, own=bool(args.validation_model_path))
@@ -3394,7 +3275,8 @@ def accumulate_gradients(state: TrainingState, vae: AutoencoderKL | None, batche
         if batch is None:
             return torch.full_like(loss, math.nan)
         if run.args.lora_dropout:  # the one thing that draws from torch's own state: set it, for resuming
-            torch.manual_seed(digest_number(run.seed, "dropout", state.step + 1, number, accelerator.process_index))
+            draw = (run.seed, "dropout", state.step + 1, number, accelerator.process_index)
+            torch.manual_seed(seeded_generator(*draw).initial_seed())
         micro_loss = training_loss(state.transformer, vae, batch, run.args.weighting_scheme, run)
         accelerator.backward(micro_loss)
         loss += micro_loss.detach()

@@ -271,9 +271,9 @@ def test_a_file_is_listed_before_it_is_written_and_with_its_digest_after(tmp_pat
         assert trainer.OutputFolder(tmp_path).record["files"] == {"samples/a.png": None}
         part.write_text("picture")
         assert not path.exists()  # and no half of it after a kill in the middle
-    assert output.record["files"] == {"samples/a.png": trainer.file_digest(path)}
+    assert output.record["files"] == {"samples/a.png": trainer.digest_of(b"picture")}
     path.write_text("mine")
-    assert not output.owns("samples/a.png") and output.own_files == []
+    assert not output.owns("samples/a.png")
     with pytest.raises(FileExistsError), output.writing("samples/a.png") as part:
         part.write_text("the program's")
     assert path.read_text() == "mine"
@@ -517,12 +517,14 @@ def test_fp16_on_the_cpu_is_refused_and_bf16_named(train, refuse_models):
 
 
 @pytest.mark.parametrize(("emulated", "warnings"), [(True, 1), (False, 0)])
-def test_bf16_on_a_gpu_that_emulates_it_is_warned_about(emulated, warnings, caplog, monkeypatch):
+def test_bf16_on_a_gpu_that_emulates_it_is_warned_about(emulated, warnings, capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"), distributed_type="NO")
-    trainer.check_machine(trainer.parse_args(train_args("m", "d", "o")), accelerator)
-    assert caplog.text.count("Tesla T4 emulates it") == warnings
+    of_gpu = {"mixed_precision": "bf16", "device": torch.device("cuda"), "distributed_type": "NO"}
+    accelerator = SimpleNamespace(**of_gpu, is_main_process=True)
+    monkeypatch.setattr(trainer, "make_accelerator", lambda args: accelerator)
+    trainer.start_run(parsed())
+    assert capfd.readouterr().err.count("Tesla T4 emulates it") == warnings
 
 
 def test_only_cuda_copies_to_the_host_without_waiting(monkeypatch):
@@ -574,7 +576,7 @@ def test_true_and_false_are_taken_for_gradient_checkpointing():
 
 def test_no_pictures_and_no_learning_rate_can_be_asked_for():
     args = parsed(num_validation_images=0, learning_rate=0, validation_prompt="a dog", skip_final_inference=False)
-    assert trainer.validation_prompts(args) == trainer.validation_prompts(args, final=True) == []
+    assert args.validation_prompt == args.final_validation_prompt == []
     assert args.learning_rate == 0
 
 
@@ -722,10 +724,11 @@ def test_on_gpus_objects_go_over_gloo_and_a_process_waits_two_hours_for_one_that
     assert joined == [3, (("cuda:nccl,cpu:gloo",), {"timeout": timedelta(hours=2)})]
 
 
-def test_another_version_of_the_script_is_noticed_before_the_first_step(monkeypatch):
+def test_another_version_of_the_script_is_noticed_before_the_first_step(monkeypatch, tmp_path):
     seen = []
     for version in ("this", "that"):
-        monkeypatch.setattr(trainer, "file_digest", lambda path, version=version: version)
+        (tmp_path / version).write_text(version)
+        monkeypatch.setattr(trainer, "__file__", tmp_path / version)
         monkeypatch.setattr(trainer, "gather_object", lambda objects: seen.extend(objects) or objects)
         trainer.check_fingerprint(None, {"rank": 4})
     monkeypatch.setattr(trainer, "gather_object", lambda objects: seen)

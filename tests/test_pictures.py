@@ -363,15 +363,16 @@ def test_the_plan_says_where_pictures_and_captions_came_from_and_what_was_left_o
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "folder.jpg").mkdir()
     args = trainer.parse_args(train_args("model", tmp_path, "out", instance_prompt="x"))
-    lines = list(trainer.describe_pictures(trainer.load_all_examples(args), args))
-    assert lines[:4] == [
+    lines = list(trainer.describe_pictures("instance", trainer.load_all_examples(args)["instance"], str(tmp_path)))
+    assert lines[:5] == [
         "3 instance pictures:",
         f"  1 in {tmp_path / '3_sks cat'}, counted 3 times",
         f"  2 in {tmp_path}",
-        "  captions: 2 from --instance_prompt, 1 from .txt files",
+        "  2 captions from --instance_prompt",
+        "  1 captions from .txt files",
     ]
     names = {"c.txt", "iphone.heic", "drafts", "a-masklabel.png", "gone.jpg", "folder.jpg", "3_sks cat/x.caption"}
-    assert {*lines[4].removeprefix("  left out: ").split(", ")} == names
+    assert {*lines[5].removeprefix("  left out: ").split(", ")} == names
 
 
 @pytest.fixture
@@ -457,19 +458,6 @@ def test_nothing_is_written_into_a_folder_of_pictures(kind, flag, tmp_path):
     assert check(tmp_path / "instance", **flags) is None
     message = check(tmp_path / "instance", **flags, **{flag: tmp_path / kind})
     assert f"--{flag}" in message and kind in message
-
-
-def test_held_out_pictures_that_are_trained_on_are_named_and_save_best_refuses_them(tmp_path, caplog):
-    for name, color in (("a", "red"), ("b", "lime")):
-        paint(tmp_path / "dog" / f"{name}.png", color)
-    shutil.copy(paint(tmp_path / "held-out" / "c.png", "blue"), tmp_path / "held-out" / "d.png")
-    flags = {"validation_data_dir": tmp_path / "held-out"}
-    assert check(tmp_path / "dog", save_best=True, **flags) is None and not caplog.messages
-    shutil.copy(tmp_path / "dog" / "a.png", tmp_path / "held-out" / "copy.png")
-    assert check(tmp_path / "dog", **flags) is None
-    assert "copy.png" in caplog.text and "c.png" not in caplog.text
-    message = check(tmp_path / "dog", save_best=True, **flags)
-    assert "--save_best" in message and "copy.png" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
