@@ -334,10 +334,7 @@ class StopSignal(contextlib.ExitStack):
 
 
 class OutputFolder:
-    """`--output_dir`. `run.json` lists what this program made there, {name: digest}; a name before it is written.
-
-    A file with its digest, or listed without one, is the program's. Others are never written, moved or uploaded.
-    """
+    """`--output_dir`. Its `run.json` lists {file: digest} of what is the program's own: all else is the user's."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises UserError where `run.json` is something else."""
@@ -357,13 +354,13 @@ class OutputFolder:
             flush_to_disk(part)
 
     def owns(self, name: str) -> bool:
-        """Whether that name is free, or its file as this program left it."""
+        """Whether that name is free, or its file as this program left it: with its digest, or listed without one."""
         path, digest = self.path / name, self.record["files"].get(name, "")
         return not os.path.lexists(path) or path.is_file() and digest in (None, digest_of(path.read_bytes()))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Yields another name, for the body to write the file under. Raises FileExistsError where it is the user's."""
+        """Yields another name to write the file under, which is listed first. Raises FileExistsError: the user's."""
         path = self.path / name
         if not self.owns(name):
             raise FileExistsError(f"{path} is not, or no longer, as this program made it: move it away")
@@ -699,9 +696,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag, needed in needs.items():
         if getattr(args, flag) and not all(getattr(args, name) for name in needed):
             raise UserError(f"--{flag} needs --{' and --'.join(needed)}: give that too, or leave it out")
-    needs_name = args.push_to_hub or args.hub_model_id
     args.hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    if needs_name:
+    if args.push_to_hub:
         with user_errors("--hub_model_id (default: the name of --output_dir)", hub_errors.HFValidationError):
             validate_repo_id(args.hub_model_id)
     prompts, draws = read_prompts(args), args.num_validation_images > 0  # now: a file may change meanwhile
@@ -725,6 +721,8 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
         "--lr_warmup_steps has no effect with constant: take constant_with_warmup": idle_warmup,
         f"--logit_mean means {noise} noise, as in the paper; some trainers flip it": args.logit_mean,
     }
+    sides = [*args.resolution, *(side for d in args.validation_prompt for side in (d.width, d.height))]
+    lines |= {f"{n} (of --resolution or a prompt's --w, --h) is rounded to {round_size(n)}": n % 16 for n in sides}
     return [line for line, holds in lines.items() if holds]
 
 
@@ -1257,8 +1255,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     accelerator = make_accelerator(args)
     precision, device = accelerator.mixed_precision, accelerator.device.type
     if LINUX and "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        pr_set_pdeathsig = 1  # a signal when `accelerate launch` dies, which does not pass SIGTERM on
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # at the death of `accelerate launch`, which does not pass it on
     # The script's lines from the main process, the libraries' only where something is wrong
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -3023,10 +3020,6 @@ def describe_plan(plan: TrainingPlan, run: Run) -> Iterator[str]:
         yield from describe_pictures(kind, examples[kind], getattr(args, PICTURE_FLAGS[kind]))
     if plan.missing_class_images:
         yield f"{plan.missing_class_images} class pictures are missing and will be generated"
-    drawn = [side for drawing in args.validation_prompt for side in (drawing.width, drawing.height)]
-    for side in sorted({*args.resolution, *drawn}):
-        if round_size(side) != side:
-            yield f"{side} (of --resolution or a prompt's --w, --h) is rounded to {round_size(side)}"
     epochs = f"{plan.samples / plan.samples_per_epoch:.1f} epochs of {plan.samples_per_epoch} samples"
     yield f"{plan.max_train_steps} steps of {plan.total_batch_size} pictures: {epochs}"
     for name, paths in run.lora.targets.items():
@@ -3097,32 +3090,9 @@ def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) ->
             logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
-def next_command(argv: list[str]) -> str:
-    """What to type after `--dry_run`, as a line: the same without that flag, its `--plan_for`, and the token."""
-    command = re.sub(r" --(dr\w*|(pl|hub_t)\w*[= ]\S+)", "", shlex.join(argv))  # beginnings of flags too
-    return f"To train, with the launcher's flags that you gave: accelerate launch {command}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The output folder
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def set_aside_earlier_run(args: argparse.Namespace) -> None:
-    """Move what an earlier run left in `--output_dir` to `earlier-run-N`, so that the two neither mix nor clash."""
-    output = OutputFolder(args.output_dir)
-    left = [*filter(output.owns, output.record["files"]), *(path.name for path in list_checkpoints(output.path))]
-    if not left:
-        return
-    logs, own_log = (output.path / args.logging_dir).resolve(), re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
-    inside = output.path.resolve() in logs.parents  # elsewhere, they can be those of other runs too
-    if inside and all(own_log.fullmatch(path.name) for path in logs.rglob("*") if not path.is_dir()):
-        left.append(logs.relative_to(output.path.resolve()))
-    folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
-    for name in [*left, RUN_FILE]:
-        if (output.path / name).exists():
-            rename(output.path / name, folder / name, folders=True)
-    logger.warning(f"{output.path} held an earlier run: moved to {folder}. To continue one: --resume_from_checkpoint")
 
 
 def check_folders(examples: Examples, args: argparse.Namespace) -> None:
@@ -3161,9 +3131,21 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
     if checkpoint:
-        output.update(finished=False)
-    else:
-        set_aside_earlier_run(args)
+        return output.update(finished=False)
+
+    # What an earlier run left moves away, so that the two neither mix nor clash
+    left = [*filter(output.owns, output.record["files"]), *(path.name for path in list_checkpoints(output.path))]
+    if not left:
+        return
+    logs, own_log = (output.path / args.logging_dir).resolve(), re.compile(r"events\.out\.tfevents\..*|hparams\.yml")
+    inside = output.path.resolve() in logs.parents  # elsewhere, they can be those of other runs too
+    if inside and all(own_log.fullmatch(path.name) for path in logs.rglob("*") if not path.is_dir()):
+        left.append(logs.relative_to(output.path.resolve()))
+    folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
+    for name in [*left, RUN_FILE]:
+        if (output.path / name).exists():
+            rename(output.path / name, folder / name, folders=True)
+    logger.warning(f"{output.path} held an earlier run: moved to {folder}. To continue one: --resume_from_checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3220,10 +3202,25 @@ Trained with these flags:
     return name
 
 
-def push_to_hub(gallery: list[dict[str, Any]], run: Run) -> None:
-    """Upload the LoRA, its card, its pictures and the ComfyUI file, and nothing else. Raises TrainingError."""
-    args, repository, card = run.args, run.args.hub_model_id, "README.md"
-    patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]
+def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> None:
+    """What follows when the LoRA is saved and the last pictures are drawn. Raises TrainingError of an upload."""
+    args, plan, repository, card = run.args, validation.data.plan, run.args.hub_model_id, "README.md"
+    with optional("The model card"):
+        write_model_card(repository, gallery, run)
+    with optional(RUN_FILE):
+        OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
+    shown = drawing_of(plan.examples["instance"][0].caption, args, own=bool(args.validation_model_path))
+    size = "height={}, width={}".format(*shown.size)
+    logger.info(
+        "To use the LoRA, after `import torch` and `from diffusers import ZImagePipeline`:\n"
+        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r}, torch_dtype={run.encoder_dtype})\n"
+        f"  pipe.to({run.accelerator.device.type!r}).load_lora_weights({args.output_dir!r})\n"
+        f"  pipe({shown.prompt!r}, {size}, num_inference_steps={shown.steps}, guidance_scale={shown.guidance})"
+        ".images[0].save('picture.png')"
+    )
+    if not args.push_to_hub:
+        return
+    patterns = [LORA_FILE, glob.escape(comfyui_file(args.output_dir)), "samples/*.png"]  # these, and nothing else
     try:
         api = HfApi(token=args.hub_token)
         repository = api.create_repo(repository, private=args.hub_private or None, exist_ok=True).repo_id
@@ -3239,27 +3236,7 @@ def push_to_hub(gallery: list[dict[str, Any]], run: Run) -> None:
         reason = " ".join(str(cause).split())
         flags = ["--private"] * bool(args.hub_private) + [f"--include={name}" for name in (*patterns, card)]
         later = shlex.join(["hf", "upload", repository, args.output_dir, ".", *flags])
-        raise TrainingError(f"--push_to_hub: {reason}. The LoRA is saved; to upload it later: {later}") from None
-
-
-def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> None:
-    """What follows when the LoRA is saved and the last pictures are drawn. Raises TrainingError of an upload."""
-    args, plan = run.args, validation.data.plan
-    with optional("The model card"):
-        write_model_card(args.hub_model_id, gallery, run)
-    with optional(RUN_FILE):
-        OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
-    shown = drawing_of(plan.examples["instance"][0].caption, args, own=bool(args.validation_model_path))
-    size = "height={}, width={}".format(*shown.size)
-    logger.info(
-        "To use the LoRA, after `import torch` and `from diffusers import ZImagePipeline`:\n"
-        f"  pipe = ZImagePipeline.from_pretrained({run.pipeline.name!r}, torch_dtype={run.encoder_dtype})\n"
-        f"  pipe.to({run.accelerator.device.type!r}).load_lora_weights({args.output_dir!r})\n"
-        f"  pipe({shown.prompt!r}, {size}, num_inference_steps={shown.steps}, guidance_scale={shown.guidance})"
-        ".images[0].save('picture.png')"
-    )
-    if args.push_to_hub:
-        push_to_hub(gallery, run)
+        raise TrainingError(f"--push_to_hub: {reason}. The LoRA is saved: {args.output_dir}. Later: {later}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3389,7 +3366,8 @@ def main(args: argparse.Namespace) -> None:
     verify_pictures(examples)
     if args.dry_run:
         if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
-            logger.info(next_command(sys.argv))
+            command = re.sub(r" --(dr\w*|(pl|hub_t)\w*[= ]\S+)", "", shlex.join(sys.argv))  # nor beginnings of flags
+            logger.info(f"To train, with the launcher's flags that you gave: accelerate launch {command}")
         return
     if accelerator.is_main_process:
         prepare_output(args, checkpoint, plan.missing_class_images > 0)
