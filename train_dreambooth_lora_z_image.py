@@ -80,6 +80,7 @@ from accelerate import Accelerator, AutocastKwargs, DistributedType, InitProcess
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DynamoBackend, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline, training_utils
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -127,6 +128,7 @@ TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 T = TypeVar("T")
 Size = tuple[int, int]  # (height, width) in pixels
 State = dict[str, Tensor]  # tensors by name, as in a file
+Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1515,11 +1517,11 @@ def check_precision(run: Run) -> None:
     if precision == "int8" and run.sharded:
         raise UserError("--base_model_precision int8 cannot be sharded by FSDP: take fp8 or nf4")
     if precision == "fp8" and device.type != "cpu":
-        kind = "an AMD GPU" if torch.version.hip else device.type  # ROCm calls itself cuda
-        capability = torch.cuda.get_device_capability(device) if kind == "cuda" else (0, 0)
+        nvidia = device.type == "cuda" and not torch.version.hip  # ROCm calls itself cuda
+        capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
         instead = "take --base_model_precision int8 or nf4"
         if capability < (8, 9):
-            found = f"{capability[0]}.{capability[1]}" if kind == "cuda" else kind
+            found = ".".join(map(str, capability)) if nvidia else f"AMD, Intel or Apple ({device.type})"
             raise UserError(f"--do_fp8_training needs an NVIDIA GPU of compute capability 8.9, not {found}: {instead}")
         if run.compiled:
             logger.info("float8 compiles the transformer's blocks: the first steps take longer")
@@ -1529,21 +1531,22 @@ def check_precision(run: Run) -> None:
 
 
 class Float8Linear(torch.nn.Linear):
-    """A frozen linear layer without bias, by torchao's float8 products in both passes, its weight quantized once.
+    """A frozen linear layer without bias, its weight quantized once, by torchao's float8 products in both passes.
 
-    Each tensor has one scale: one for each token was no more exact on the trained small model (cosine of the gradient
-    to bf16 0.998) and made a step 11% slower on an H200. Any communication library can send the weight's bytes.
+    Each tensor has one scale: one for each token was no more exact (cosine of the gradient to bf16 0.998), and slower.
     """
 
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
     def __init__(self, linear: torch.nn.Linear, device: torch.device) -> None:
-        from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
-        from torchao.float8.float8_training_tensor import LinearMMConfig
+        from torchao.float8 import float8_scaling_utils, float8_training_tensor
 
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight = hp_tensor_to_float8_dynamic(linear.weight.detach().to(device), torch.float8_e4m3fn, LinearMMConfig())
-        self.weight = torch.nn.Parameter(weight._data.view(torch.uint8), requires_grad=False)
+        weight, config = linear.weight.detach().to(device), float8_training_tensor.LinearMMConfig()
+        weight = float8_scaling_utils.hp_tensor_to_float8_dynamic(weight, torch.float8_e4m3fn, config)
+        self.weight = torch.nn.Parameter(
+            weight._data.view(torch.uint8), requires_grad=False
+        )  # bytes: all can send them
         self.register_buffer("scale", weight._scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1562,17 +1565,15 @@ def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torc
     """Hold attention and feed-forward layers, 98% of the products, in "fp8" or "int8", one after the other."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    left, modules = 0, transformer.named_modules()
+    modules = transformer.named_modules()
     for name in [name for name, m in modules if isinstance(m, torch.nn.Linear) and m.bias is None]:
         layer = transformer.get_submodule(name)
         if precision == "int8":
             quantize_(layer, Int8WeightOnlyConfig(version=2, set_inductor_config=False), device=device)
         elif layer.in_features % 16 or layer.out_features % 16:
-            left += 1
+            error_once("Layers whose sizes are not multiples of 16 are not held in float8")
         else:
             transformer.set_submodule(name, Float8Linear(layer, device))
-    if left:
-        logger.info(f"{left} layers whose sizes are not multiples of 16 are not held in float8")
 
 
 def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.Module]:
@@ -1599,35 +1600,23 @@ def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
     transformer.enable_gradient_checkpointing(run_block)
 
 
-def names_in_files(names: Iterable[str]) -> dict[str, list[str]]:
-    """{name in a file, "_" for ".": names here} of modules or weights; the original's have q, k and v in one."""
-    known = {}
-    for name in names:
-        original = re.sub(r"^all_|\.2-1|to_(?=out\.0)|(?<=out)\.0", "", name)
-        original = re.sub(r"norm_([qk])\b", r"\1_norm", original)
-        fused = [name.replace("to_q", f"to_{projection}") for projection in "qkv"] if ".to_q" in name else [name]
-        forms = {name: [name], original: [name], name.replace("to_q", "qkv"): fused}
-        known |= {form.replace(".", "_"): own for form, own in forms.items()}
-    return known
-
-
 FORMATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2"}
 SCALES = ("scale_weight", "weight_scale")  # of float8 weights, in ComfyUI's older and newer form
 NO_WEIGHTS = (*SCALES, "scale_input", "input_scale", "comfy_quant", "scaled_fp8", "norm_final.weight")
-MODEL_KINDS = {"lora_": "a LoRA, which is for --init_lora or --base_adapter", "control_": "a ControlNet",
-               "double_blocks.": "FLUX", "joint_blocks.": "Stable Diffusion 3", "input_blocks.": "Stable Diffusion",
-               "self_attn.": "a text encoder", "decoder.": "a VAE", "": "another model"}  # fmt: skip
+KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitude_vector": "a DoRA", "lora": "a LoRA",
+         "control_": "a ControlNet", "double_blocks.": "FLUX", "input_blocks.": "Stable Diffusion",
+         "self_attn.": "a text encoder", "decoder.": "a VAE", "": "of another model"}  # fmt: skip
 
 
 def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = None) -> State:
     """The weights in `transformer_file` by diffusers' names, in `dtype`, or on the meta device. Raises UserError."""
-    path, header = pipeline.transformer_file, safetensors_header(pipeline.transformer_file)
+    path, header, state = pipeline.transformer_file, safetensors_header(pipeline.transformer_file), {}
     layers = json.loads(header.pop("__metadata__", {}).get("_quantization_metadata", "{}")).get("layers", {})
     first = "noise_refiner.0.attention_norm1.weight"
     prefix = next((name.removesuffix(first) for name in header if f".{name}".endswith(f".{first}")), None)
     if prefix is None:
-        kind = next(kind for part, kind in MODEL_KINDS.items() if part in " ".join(header))
-        raise UserError(f"{path} is {kind}: it holds {min(header, default='nothing')}")
+        kind = next(kind for part, kind in KINDS.items() if part in " ".join(header))
+        raise UserError(f"{path} is {kind}, not a Z-Image transformer: it holds {min(header, default='nothing')}")
     names = [name for name in header if name.startswith(prefix) and not name.endswith(NO_WEIGHTS)]
     with user_errors(f"{path}: what it says of its formats is not JSON", ValueError), safe_open(path, "pt") as file:
         # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
@@ -1635,27 +1624,22 @@ def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = No
         formats = {note.get("format") for note in (*layers.values(), *notes)} | {header[n]["dtype"] for n in names}
         if other := ", ".join(map(str, formats - FORMATS)):
             raise UserError(f"{path} stores weights as {other}: give a bf16, fp16 or fp8 file")
-        with torch.device("meta"):
-            expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
-        known, state = names_in_files(expected), {}
         for name in names:
-            own = known.get(name.removeprefix(prefix).replace(".", "_"))
-            if not own:
-                raise UserError(f"{path} is another model: it holds {name}")
-            weight = torch.cat([expected[part] for part in own])
-            if (found := header[name]["shape"]) != list(weight.shape):
-                raise UserError(f"{path} is a model of another size: its {name} is {found}, not {list(weight.shape)}")
-            scales = {name.removesuffix("weight") + end for end in SCALES} & header.keys()
-            if any(math.prod(header[scale]["shape"]) not in (1, len(weight)) for scale in scales):
-                raise UserError(f"{path} has scales for blocks of {name}: give one with a scale for each row")
-            if dtype:
-                weight = file.get_tensor(name)
-                for scale in scales:
-                    weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)  # one, or one for each row
-                weight = weight.to(dtype)
-            state |= zip(own, weight.chunk(len(own)), strict=True)
-    if lacking := expected.keys() - state.keys():
-        raise UserError(f"{path} is another model: it lacks {min(lacking)}")
+            weight = file.get_tensor(name) if dtype else torch.empty(header[name]["shape"], device="meta")
+            for scale in {name.removesuffix("weight") + end for end in SCALES} & header.keys():
+                if math.prod(header[scale]["shape"]) not in (1, len(weight)):
+                    raise UserError(f"{path} has scales for blocks of {name}: give one with a scale for each row")
+                if dtype:
+                    weight = weight.float() * file.get_tensor(scale).float().reshape(-1, 1)
+            state[name.removeprefix(prefix)] = weight.to(dtype)
+    if "x_embedder.weight" in state:  # the original model's names, perhaps with q, k and v in one
+        state = convert_z_image_transformer_checkpoint_to_diffusers(state)
+    with torch.device("meta"):
+        expected = ZImageTransformer2DModel.from_config(pipeline.transformer_config).state_dict()
+    for name in sorted({*expected, *state}):
+        found, wanted = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, expected))
+        if found != wanted:
+            raise UserError(f"{path} is of another model or size: {name} is {found}, not {wanted}")
     if dtype is None and any(not name.startswith(prefix) for name in header.keys() - {"scaled_fp8"}):
         logger.info(f"{path} holds more than the transformer: that alone is taken")
     return state
@@ -1690,9 +1674,6 @@ def load_transformer(run: Run, precision: str | None = None) -> ZImageTransforme
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs)}
-
-
 def linear_layers(config: dict[str, Any]) -> Linear:
     """All linear layers of a transformer."""
     with torch.device("meta"):
@@ -1708,11 +1689,7 @@ OTHER_NAMES = {  # that --lora_layers takes: {name, or its end: what it means he
 
 
 def resolve_lora_layers(names: str, linear: Linear) -> Targets:
-    """The layers that `--lora_layers` means. Raises UserError.
-
-    A name is a path or part of one, and a dot in it, but that before a number, can stand for more of the path:
-    `layers.0.to_q` is `layers.0.attention.to_q`.
-    """
+    """The layers that `--lora_layers` means: a dot that no number follows can stand for more. Raises UserError."""
     targets = {}
     for name in map(str.strip, names.strip(", ").split(",")):
         meant = [name]
@@ -1736,88 +1713,75 @@ def find_lora_file(path: str, cache_dir: str | None) -> Path:
     if not os.path.exists(path):
         if len(parts) == 1 or parts[0] in ("", ".", ".."):
             raise UserError("there is no such file")
-        patterns = parts[2:] or ["*.safetensors"]
-        folder = snapshot_download("/".join(parts[:2]), allow_patterns=patterns, cache_dir=cache_dir)
-        path = os.path.join(folder, *parts[2:])
+        root = snapshot_download(
+            "/".join(parts[:2]), allow_patterns=parts[2:] or ["*.safetensors"], cache_dir=cache_dir
+        )
+        path = os.path.join(root, *parts[2:])
     files = sorted(Path(path).rglob("*.safetensors")) if os.path.isdir(path) else [Path(path)]
-    if Path(path, LORA_FILE) in files:
-        return Path(path, LORA_FILE)
+    files = [file for file in files if file == Path(path, LORA_FILE)] or files
     if len(files) != 1:
         raise UserError(f"name one of its files: {listed(map(str, files)) or 'it has no safetensors file'}")
     return files[0]
 
 
-LORA_NAME = re.compile(
-    r"(?:(?:transformer|base_model\.model|(?:model\.)?diffusion_model)\.|lora_(?:unet|transformer)_)?"
-    r"(.+?)\.(?:(lora_A|lora[_.]down)|(lora_B|lora[_.]up)|alpha)(?:\.default)?(?:\.weight)?"
-)
-ADAPTER_KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitude_vector": "a DoRA",
-                 "lora": "a LoRA of another model", "": "no LoRA"}  # fmt: skip
-
-
-def read_lora(path: Path, linear: Linear) -> tuple[State, dict[str, float]]:
-    """A LoRA of diffusers, ComfyUI or kohya: float32 matrices by PEFT's names, {module: alpha}. Raises UserError."""
-    header, known, state, alphas = safetensors_header(path), names_in_files(linear), {}, {}
-    for name, tensor in (load_file(path) or {"nothing": None}).items():
-        match = LORA_NAME.fullmatch(name)
-        modules = match and known.get(match[1].replace(".", "_"))
-        if not modules:
-            kind = next(kind for part, kind in ADAPTER_KINDS.items() if part in name)
-            raise UserError(f"{path} is {kind}: it holds {name}")
-        if not (tensor := tensor.float()).isfinite().all():
-            raise UserError(f"{path} is broken: its {name} has infinite numbers, or NaN")
-        part = {1: "alpha", 2: "lora_A.weight", 3: "lora_B.weight"}[match.lastindex]
-        parts = tensor.chunk(len(modules)) if part == "lora_B.weight" else [tensor] * len(modules)
-        state |= {f"{module}.{part}": one for module, one in zip(modules, parts, strict=True)}
+def read_lora(path: Path, linear: Linear) -> tuple[State, float | None]:
+    """A LoRA of diffusers, ComfyUI or kohya: float32 matrices by PEFT's names, and alpha. Raises UserError."""
+    header, tensors = safetensors_header(path), {name: tensor.float() for name, tensor in load_file(path).items()}
+    kind = next(kind for part, kind in KINDS.items() if part in " ".join(tensors))
+    if kind != "a LoRA":
+        raise UserError(f"{path} is {kind}, not a LoRA: it holds {min(tensors, default='nothing')}")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} is broken: its {broken[0]} has infinite numbers, or NaN")
     saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
-    saved = {name.removeprefix("transformer."): value for name, value in saved.items()}
-    for module in sorted({name.removesuffix(".weight").rpartition(".")[0] for name in state}):
+    alphas = {tensors.pop(name).item() for name in [*tensors] if name.endswith(".alpha")}
+    alphas = alphas or {saved.get("transformer.lora_alpha")}
+    if len(alphas) > 1 or saved.get("transformer.alpha_pattern") or saved.get("transformer.use_rslora"):
+        raise UserError(f"{path} has several alphas, or rank-stabilised ones: give one that has one alpha")
+    state = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(tensors).items()}
+    for module in sorted({name.rpartition(".lora_")[0] for name in state}):
         down, up = (state.get(f"{module}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
-        shape = (*down.shape[1:], *up.shape[:1])
-        if shape != linear[module] or down.shape[:1] != up.shape[1:]:
-            raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {linear[module]}")
-        patterns = saved.get("alpha_pattern", {}).items()
-        by_pattern = next((alpha for end, alpha in patterns if re.search(rf"(^|\.){end}$", module)), None)
-        alpha = state.pop(f"{module}.alpha", None) or by_pattern or saved.get("lora_alpha") or len(down)
-        alphas[module] = float(alpha) * (len(down) ** 0.5 if saved.get("use_rslora") else 1)
-    return state, alphas
+        shape, wanted = (*down.shape[1:], *up.shape[:1]), linear.get(module, "in this one")
+        if shape != wanted or down.shape[:1] != up.shape[1:]:
+            raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {wanted}")
+    return state, alphas.pop()
 
 
 def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
     """The matrices of `--base_adapter`, times alpha / rank and its weight. Raises UserError."""
     path, weight = re.fullmatch(r"(.*?)(?::([-+.\de]+))?", args.base_adapter).groups("1")
     with user_errors(f"--base_adapter {args.base_adapter}", UserError, Exception):
-        state, alphas = read_lora(find_lora_file(path, args.cache_dir), linear)
-        for module, alpha in alphas.items():
-            state[f"{module}.lora_B.weight"] *= float(weight) * alpha / len(state[f"{module}.lora_A.weight"])
+        state, alpha = read_lora(find_lora_file(path, args.cache_dir), linear)
+        for name in [name for name in state if ".lora_A." in name]:
+            rank = len(state[name])
+            state[name.replace("lora_A", "lora_B")] *= float(weight) * (alpha or rank) / rank
     return state
 
 
 def read_lora_settings(args: argparse.Namespace, transformer_config: dict[str, Any]) -> LoraSettings:
     """What the LoRA is: as the flags say, where they are silent as the file of `--init_lora`. Raises UserError."""
     linear = linear_layers(transformer_config)
-    names = "to_k,to_q,to_v,to_out.0" if args.lora_layers is None else args.lora_layers
-    targets = resolve_lora_layers(names, linear)
+    targets = resolve_lora_layers("to_k,to_q,to_v,to_out.0" if args.lora_layers is None else args.lora_layers, linear)
     base = read_base_adapter(args, linear) if args.base_adapter else None
     if args.init_lora is None:
         return LoraSettings(args.rank or 4, args.lora_alpha or 4, targets, base=base)
     with user_errors(f"--init_lora {args.init_lora}", UserError, Exception):
         file = find_lora_file(args.init_lora, args.cache_dir)
-        state, alphas = read_lora(file, linear)
-        ranks = sorted({len(matrix) for name, matrix in state.items() if ".lora_A." in name})
+        state, own = read_lora(file, linear)
+        modules = [name.removesuffix(".lora_A.weight") for name in state if ".lora_A." in name]
+        ranks = sorted({len(state[f"{module}.lora_A.weight"]) for module in modules})
         if ranks != [args.rank or ranks[0]]:
             given = f"--rank {args.rank}" if args.rank else "one for all"
             raise UserError(f"it has rank {', '.join(map(str, ranks))}, not {given}: leave --rank out, or resize it")
-        alpha = args.lora_alpha or statistics.mode(alphas.values())
-        for module in alphas:
-            state[f"{module}.lora_B.weight"] *= alphas[module] / alpha
+        alpha = args.lora_alpha or own or ranks[0]
+        for module in modules:
+            state[f"{module}.lora_B.weight"] *= (own or ranks[0]) / alpha
         if args.lora_layers is None:
             targets = {}
-            for module in alphas:  # by their ends, as a person would name them
+            for module in modules:  # by their ends, as a person would name them
                 targets.setdefault(re.search(r"[^.]+(\.\d+)?$", module)[0], {})[module] = sum(linear[module])
         lora = LoraSettings(ranks[0], alpha, targets, state, digest_of(file.read_bytes()), base)
-        if set(lora.modules) != set(alphas):
-            raise UserError(f"it is on {len(alphas)} layers, not the {len(lora.modules)} of --lora_layers: omit that")
+        if set(lora.modules) != set(modules):
+            raise UserError(f"it is on {len(modules)} layers, not the {len(lora.modules)} of --lora_layers: omit that")
         return lora
 
 
@@ -1860,12 +1824,12 @@ def comfyui_file(output_dir: str, suffix: str = "") -> str:
 
 def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Run) -> Path:
     """Write the LoRA for ComfyUI, with what model managers show of it and nothing private. Returns the file."""
-    args, alpha, side = run.args, float(run.lora.alpha), round_size(run.args.resolution[-1])
+    args, side, date = run.args, round_size(run.args.resolution[-1]), time.strftime("%Y-%m-%d", time.gmtime())
+    alpha, title = torch.tensor(float(run.lora.alpha)), Path(args.output_dir).resolve().name + suffix
     state = {name: t.to("cpu", run.saving_dtype) for name, t in get_peft_model_state_dict(transformer).items()}
-    state |= {name.replace("lora_A.weight", "alpha"): torch.tensor(alpha) for name in state if ".lora_A." in name}
+    state |= {name.replace("lora_A.weight", "alpha"): alpha.clone() for name in state if ".lora_A." in name}
     about = {"sai_model_spec": "1.0.0", "architecture": "z-image/lora", "implementation": "diffusers"}
-    about |= {"title": Path(args.output_dir).resolve().name + suffix, "resolution": f"{side}x{side}"}
-    about |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    about |= {"title": title, "resolution": f"{side}x{side}", "date": date}
     about |= {"trigger_phrase": args.instance_prompt} if args.push_to_hub and args.instance_prompt else {}
     metadata = {"format": "pt"} | {f"modelspec.{name}": value for name, value in about.items()}
     name = comfyui_file(args.output_dir, suffix)
@@ -1876,24 +1840,24 @@ def save_for_comfyui(transformer: ZImageTransformer2DModel, suffix: str, run: Ru
 
 def check_file(file: Path, state: State, run: Run) -> None:
     """Whether a LoRA file holds what is in memory. Raises TrainingError."""
-    found, alphas = read_lora(file, linear_layers(run.pipeline.transformer_config))
+    found, alpha = read_lora(file, linear_layers(run.pipeline.transformer_config))
     same = found.keys() == state.keys() and all(torch.equal(found[name], state[name].float()) for name in state)
-    if not same or any(not math.isclose(alpha, run.lora.alpha, rel_tol=1e-6) for alpha in alphas.values()):
+    if not same or not math.isclose(alpha, run.lora.alpha, rel_tol=1e-6):
         raise TrainingError(f"{file} does not read back as it was written")
 
 
-def save_result(transformer: ZImageTransformer2DModel, run: Run) -> None:
+def save_result(transformer: ZImageTransformer2DModel, run: Run, name: str = LORA_FILE, suffix: str = "") -> None:
     """Write the LoRA, also for ComfyUI if that works, and read both again to compare. Raises TrainingError."""
     output = OutputFolder(run.args.output_dir)
     try:
-        with output.writing(LORA_FILE) as part:
+        with output.writing(name) as part:
             state = save_lora(transformer, part, run.saving_dtype)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{output.path}: the LoRA could not be saved ({first_line(error)})") from None
-    check_file(output.path / LORA_FILE, state, run)
-    logger.info(f"The LoRA is in {output.path / LORA_FILE}")
+    check_file(output.path / name, state, run)
+    logger.info(f"The LoRA is in {output.path / name}")
     with optional("The file for ComfyUI"):
-        file = save_for_comfyui(transformer, "", run)
+        file = save_for_comfyui(transformer, suffix, run)
         check_file(file, state, run)
         logger.info(f"For ComfyUI it is in {file}")
 
@@ -2196,23 +2160,15 @@ def draw_latents(
     transformer: ZImageTransformer2DModel, drawing: Drawing, seeds: list[int], embeds: dict[str, Tensor], run: Run
 ) -> list[Tensor]:
     """Latents [C, h, w] on the CPU of pictures of a prompt, from the noise of each seed, the same on every device."""
-    device, (height, width) = run.accelerator.device, drawing.size
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
     pipeline = ZImagePipeline(scheduler, None, None, None, OnePromptAtATime(transformer))
     pipeline.set_progress_bar_config(disable=True)
-    prompts = (embeds[prompt].to(device, transformer.dtype) for prompt in (drawing.prompt, drawing.negative_prompt))
-    embed, negative = ([prompt] * len(seeds) for prompt in prompts)
+    prompts = {"prompt_embeds": drawing.prompt, "negative_prompt_embeds": drawing.negative_prompt}
+    device, noise = run.accelerator.device, [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {name: [embeds[text].to(device, transformer.dtype)] * len(seeds) for name, text in prompts.items()}
+    options |= {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
-        latents = pipeline(
-            height=height,
-            width=width,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            prompt_embeds=embed,
-            negative_prompt_embeds=negative,
-            output_type="latent",
-        ).images
+        latents = pipeline(None, *drawing.size, generator=noise, output_type="latent", **options).images
     assert latents.shape == (len(seeds), *run.pipeline.latent_shape(drawing.size))
     return list(latents.float().cpu())
 
@@ -2221,7 +2177,6 @@ def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: R
     """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
     args, size = run.args, run.args.sample_batch_size
     transformer = load_transformer(run, args.prior_generation_precision).to(run.accelerator.device)
-    Path(args.class_data_dir).mkdir(parents=True, exist_ok=True)
     files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
     free = [number for number, file in enumerate(files) if not file.exists()]
     run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
@@ -2496,14 +2451,12 @@ PAGE = Template("""<!DOCTYPE html>
   th { position: sticky; left: 0; background: Canvas; }
   tr:first-child th { left: auto; top: 0; z-index: 1; }
   th p { margin: 0; max-height: 7em; overflow: auto; overflow-wrap: anywhere; }
-  td div { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; width: min(256px, 60vw); }
-  a:only-child { grid-column: 1 / 3; }
+  td div { display: grid; grid: auto / repeat(auto-fit, minmax(90px, 1fr)); gap: 4px; width: min(256px, 60vw); }
   img { display: block; width: 100%; }
 </style>
 <h1>$title</h1>
 <p>$status <a href="#newest">Newest pictures</a></p>
 <table>
-<tr><th></th>$heads</tr>
 $rows</table>
 <p id="newest"></p>
 """)
@@ -2513,7 +2466,8 @@ def write_gallery(output: OutputFolder, last_step: int, status: str, running: bo
     """Write `index.html` and, of the last 20 validations, `contact-sheet.png`: steps down, prompts across."""
     pictures = output.record.get("pictures", {}).items()
     pictures = sorted((p["order"], name, p) for name, p in pictures if p["order"][0] <= last_step)
-    columns, rows, firsts = dict.fromkeys(picture["column"] for *_, picture in pictures), "", {}
+    columns, firsts = dict.fromkeys(picture["column"] for *_, picture in pictures), {}
+    rows = "<tr><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>\n"
     for row, shown in itertools.groupby(pictures, lambda entry: entry[2]["row"]):
         cells = dict.fromkeys(columns, "")
         for _, name, picture in shown:
@@ -2521,13 +2475,8 @@ def write_gallery(output: OutputFolder, last_step: int, status: str, running: bo
             if name.startswith("step"):  # by --validation_prompt
                 firsts.setdefault((row, picture["column"]), name)
         rows += f"<tr><th>{row}</th>" + "".join(f"<td><div>{cell}</div></td>" for cell in cells.values()) + "</tr>\n"
-    page = PAGE.substitute(
-        title=escape(output.path.absolute().name),
-        status=status,
-        refresh='<meta http-equiv="refresh" content="30">' if running else "",
-        heads="".join(f"<th>{column}</th>" for column in columns),
-        rows=rows,
-    )
+    refresh = '<meta http-equiv="refresh" content="30">' if running else ""
+    page = PAGE.substitute(title=escape(output.path.absolute().name), status=status, refresh=refresh, rows=rows)
     with output.writing("samples/index.html") as part:
         part.write_text(page, encoding="utf-8")
     if firsts:
@@ -2540,26 +2489,19 @@ def write_gallery(output: OutputFolder, last_step: int, status: str, running: bo
             diffusers.utils.make_image_grid(grid, len(steps), len(prompts)).save(part)
 
 
-HELD_OUT_LEVELS = 12  # noise levels for each held-out picture, spread evenly over the schedule
-
-
 def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run: Run) -> float:
-    """The mean flow-matching loss on the held-out pictures.
-
-    Noise and levels are fixed, and the levels stratified: level j of picture k is the middle of stratum j, shifted
-    a little by k, so that the pictures together cover the schedule evenly.
-    """
-    examples, losses = data.plan.examples["held-out"], []
-    jobs = [(k, j) for k in range(len(examples)) for j in range(HELD_OUT_LEVELS)]
+    """The mean loss on the held-out pictures, over fixed noise and, together, an even cover of the schedule."""
+    examples, losses, levels = data.plan.examples["held-out"], [], 12
+    jobs = [(k, j) for k in range(len(examples)) for j in range(levels)]
     for k, j in jobs if run.sharded else run.own_part(jobs):
-        level = (j + (k + 0.5) / len(examples)) / HELD_OUT_LEVELS
+        level = (j + (k + 0.5) / len(examples)) / levels  # in stratum j, shifted by k
         sigmas = data.sigmas[int(level * len(data.sigmas))][None]
         latents = data.latents[examples[k], False][None]
         noise = torch.randn(latents.shape, generator=seeded_generator(run.seed, "held out", k, j))
         embeds = [data.prompt_embeds[examples[k].caption]]
         batch = MicroBatch(noise, sigmas, torch.ones(1), embeds, latents).to(run.accelerator.device)
         losses.append(training_loss(transformer, None, batch, "none", run).item())
-    return statistics.fmean(losses if run.sharded else gather_object(losses))
+    return statistics.fmean(gather_object(losses))
 
 
 class Validation:
@@ -2571,38 +2513,13 @@ class Validation:
             with eval_mode(state.transformer, "default"):
                 self.base = held_out_loss(state.transformer, data, run)  # of the untrained model
 
-    def measure(self) -> float:
-        """Log the held-out loss, and save the LoRA in `best/` where the flags ask for it."""
-        run, step, transformer = self.run, self.state.step, self.state.transformer
-        with eval_mode(transformer):
-            loss = held_out_loss(transformer, self.data, run)
-        with optional("--report_to"):
-            run.accelerator.log({"held_out_loss": loss, "held_out_loss_base": self.base}, step=step)
-        self.state.held_out.append([loss, step])
-        lowest, best = min(self.state.held_out)
-        others = f"base model {self.base:.4f}; lowest {lowest:.4f}, at step {best}"
-        logger.info(f"step {step}: held-out loss {loss:.4f} ({others})")
-        if run.args.save_best and run.accelerator.is_main_process and best == step:
-            with optional("best/"):
-                with OutputFolder(run.args.output_dir).writing(f"best/{LORA_FILE}") as part:
-                    save_lora(transformer, part, run.saving_dtype)
-                save_for_comfyui(transformer, "-best", run)
-        return loss
-
     def draw(self, drawings: list[Drawing]) -> list[Image.Image]:
-        """Draw pictures; none where one cannot be drawn, for want of memory for example, or on a stop.
-
-        Nothing of training moves: its weights and all random states stay, and only the VAE is brought in for the
-        moment. A picture has the noise of its seed in `ZImagePipeline`, at every validation.
-        """
+        """Draw pictures, and leave the training as it is; none where one cannot be drawn, or on a stop."""
         run, transformer, embeds = self.run, self.state.transformer, self.data.prompt_embeds
-        drawing_run, other = (
-            dataclasses.replace(run, pipeline=validation_pipeline(run)),
-            run.args.validation_model_path,
-        )
-        jobs, drawn, images = range(len(drawings)), {}, []
+        drawing_run, jobs = dataclasses.replace(run, pipeline=validation_pipeline(run)), range(len(drawings))
+        drawn, images, other = {}, [], bool(run.args.validation_model_path)
         at_once = 1 if run.sharded else run.accelerator.num_processes
-        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=bool(other)):
+        with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
             model = None if other else transformer
             for first in with_progress(jobs[::at_once], "pictures drawn", run.accelerator):
                 if any(gather_object([self.stop.number > 0])):  # all processes stop here, between two pictures
@@ -2616,24 +2533,34 @@ class Validation:
             with optional("Decoding the pictures"):
                 images = decode_latents(list(drawn.values()), run)
         release_memory()
-        pictures = list(zip(drawn, images, strict=False))
-        pictures = dict(pictures if run.sharded else gather_object(pictures))
+        pictures = dict(gather_object(list(zip(drawn, images, strict=False))))
         return [pictures[n] for n in jobs] if len(pictures) == len(jobs) else []
 
     def __call__(self, final: bool = False) -> list[dict[str, Any]]:
         """Validate the model as it stands; returns what the card shows of the pictures, on the main process."""
-        run, args, gallery = self.run, self.run.args, []
+        run, args, state, loss, gallery = self.run, self.run.args, self.state, None, []
         prompts = args.final_validation_prompt if final else args.validation_prompt
-        firsts = [(drawing, run.seed if drawing.seed is None else drawing.seed) for drawing in prompts]
-        numbers = range(run.args.num_validation_images)
-        drawings = [dataclasses.replace(drawing, seed=first + n) for drawing, first in firsts for n in numbers]
-        with self.state.averaged():
-            held_out = self.measure() if "held-out" in self.data.plan.examples else None
+        numbers = range(args.num_validation_images)
+        seeds = [run.seed if drawing.seed is None else drawing.seed for drawing in prompts]
+        drawings = [dataclasses.replace(d, seed=s + n) for d, s in zip(prompts, seeds, strict=True) for n in numbers]
+        with state.averaged():
+            if "held-out" in self.data.plan.examples:
+                with eval_mode(state.transformer):
+                    loss = held_out_loss(state.transformer, self.data, run)
+                with optional("--report_to"):
+                    run.accelerator.log({"held_out_loss": loss, "held_out_loss_base": self.base}, step=state.step)
+                state.held_out.append([loss, state.step])
+                lowest, best = min(state.held_out)
+                others = f"base model {self.base:.4f}; lowest {lowest:.4f}, at step {best}"
+                logger.info(f"step {state.step}: held-out loss {loss:.4f} ({others})")
+                if args.save_best and run.accelerator.is_main_process and best == state.step:
+                    with optional("best/"):
+                        save_result(state.transformer, run, f"best/{LORA_FILE}", "-best")
             images = self.draw(drawings) if drawings else []
         if images and run.accelerator.is_main_process:
             kind = "step" if prompts == args.validation_prompt else "final"  # of --final_validation_prompt
             with optional("Saving the pictures"):
-                gallery = save_pictures(images, drawings, kind, self.state.step, held_out, run)
+                gallery = save_pictures(images, drawings, kind, state.step, loss, run)
         self.write_page()
         return gallery
 

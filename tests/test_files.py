@@ -57,24 +57,6 @@ def as_kohya(lora, alpha):
     return state, {"ss_network_dim": "4"}
 
 
-def as_fused(lora, alpha):
-    """Under the original model's names, where one matrix gives q, k and v: they have the same A."""
-    state = {}
-    for module, (down, up) in lora.items():
-        if module.endswith("to_q"):
-            block = module.removesuffix(".to_q")
-            up = torch.cat([lora[f"{block}.to_{projection}"][1] for projection in "qkv"])
-            state |= {
-                f"diffusion_model.{block}.qkv.lora_A.weight": down,
-                f"diffusion_model.{block}.qkv.lora_B.weight": up,
-            }
-            state[f"diffusion_model.{block}.qkv.alpha"] = torch.tensor(alpha)
-        elif module.endswith("to_out.0"):
-            name = f"diffusion_model.{module.replace('to_out.0', 'out')}"
-            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": torch.tensor(alpha)}
-    return state, {}
-
-
 def settings(config, *flags):
     argv = train_args("model", "photos", "out")
     return trainer.read_lora_settings(trainer.parse_args([*argv, *flags]), config)
@@ -91,12 +73,10 @@ def effects_of(read):
     return effects(pairs, read.alpha / read.rank)
 
 
-@pytest.mark.parametrize("write", [as_diffusers, as_comfyui, as_kohya, as_fused])
+@pytest.mark.parametrize("write", [as_diffusers, as_comfyui, as_kohya])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lora_of_each_programs_names_starts_with_its_effect_rank_and_alpha(write, dtype, config, tmp_path):
     lora = random_lora(config)
-    if write is as_fused:
-        lora = {m: (lora[m.replace("to_k", "to_q").replace("to_v", "to_q")][0], up) for m, (_, up) in lora.items()}
     state, metadata = write(lora, 2.0)
     save_file({name: t.to(dtype).contiguous() for name, t in state.items()}, tmp_path / "a.safetensors", metadata)
     read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
@@ -123,28 +103,6 @@ def test_a_given_alpha_is_folded_into_what_init_lora_starts_from(config, tmp_pat
         torch.testing.assert_close(effects_of(read)[module], expected)
 
 
-def test_alphas_that_differ_within_a_file_are_folded_into_the_most_common(config, tmp_path):
-    lora = random_lora(config)
-    state, _ = as_kohya(lora, 2.0)
-    state["lora_unet_layers_0_attention_to_q.alpha"] = torch.tensor(16.0)
-    save_file(state, tmp_path / "a.safetensors")
-    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
-    assert read.alpha == 2.0
-    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 4.0)[f"{ATTENTION}.to_q"])
-    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_k"], effects(lora, 0.5)[f"{ATTENTION}.to_k"])
-
-
-def test_alphas_of_single_modules_and_rank_stabilised_scaling_in_diffusers_metadata_count(config, tmp_path):
-    lora = random_lora(config)
-    state, metadata = as_diffusers(lora, 2.0)
-    adapter = json.loads(metadata["lora_adapter_metadata"])
-    adapter |= {"transformer.alpha_pattern": {"layers.0.attention.to_q": 6.0}, "transformer.use_rslora": True}
-    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(adapter)})
-    read = settings(config, f"--init_lora={tmp_path / 'a.safetensors'}")
-    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 6 / 2)[f"{ATTENTION}.to_q"])
-    torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_k"], effects(lora, 2 / 2)[f"{ATTENTION}.to_k"])
-
-
 def test_a_lora_without_any_alpha_acts_as_it_is(config, tmp_path):
     lora = random_lora(config)
     save_file(as_diffusers(lora, 2.0)[0], tmp_path / "a.safetensors")
@@ -153,10 +111,9 @@ def test_a_lora_without_any_alpha_acts_as_it_is(config, tmp_path):
     torch.testing.assert_close(effects_of(read)[f"{ATTENTION}.to_q"], effects(lora, 1)[f"{ATTENTION}.to_q"])
 
 
-def test_embedders_and_the_final_layer_are_found_under_both_names(config, tmp_path):
+def test_embedders_and_the_final_layer_are_found(config, tmp_path):
     modules = ["all_x_embedder.2-1", "all_final_layer.2-1.linear", "layers.0.adaLN_modulation.0", "t_embedder.mlp.0"]
     state, _ = as_comfyui(random_lora(config, modules=modules), 4.0)
-    state = {name.replace("all_", "").replace(".2-1", ""): tensor for name, tensor in state.items()}
     save_file(state, tmp_path / "a.safetensors")
     assert settings(config, f"--init_lora={tmp_path / 'a.safetensors'}").modules == sorted(modules)
 
@@ -178,18 +135,20 @@ def test_what_differs_from_the_file_or_cannot_be_trained_on_is_refused_with_both
     assert f"{len(lora)} layers" in text and f"the {len(lora) // 2} of --lora_layers" in text
     several = as_kohya(random_lora(config, 8, [f"{ATTENTION}.to_q"]), 2.0)[0]
     assert "rank 4, 8" in refusal(kohya | several)
+    to_q = "lora_unet_layers_0_attention_to_q"
     for part, kind in {"lokr_w1": "LoKr", "hada_w1_a": "LoHa", "dora_scale": "DoRA"}.items():
-        assert f"is a {kind}" in refusal(kohya | {f"lora_unet_layers_0_attention_to_q.{part}": torch.ones(1)})
+        assert f"is a {kind}" in refusal(kohya | {f"{to_q}.{part}": torch.ones(1)})
+    assert "several alphas" in refusal(kohya | {f"{to_q}.alpha": torch.tensor(16.0)})
     flux = "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
-    assert f"a LoRA of another model: it holds {flux}" in refusal({flux: torch.ones(4, 8)})
+    assert "double.blocks" in refusal({flux: torch.ones(4, 8), flux.replace("down", "up"): torch.ones(8, 4)})
     other = as_kohya({m: (down[:, :16], up) for m, (down, up) in lora.items()}, 2.0)[0]
     assert "a LoRA of another model: its " in refusal(other)
     convolution = as_kohya({m: (down[..., None, None], up) for m, (down, up) in lora.items()}, 2.0)[0]
     assert "(48, 1, 1, 48), not (48, 48)" in refusal(convolution)
-    assert "no LoRA: it holds nothing" in refusal({})
-    alpha = "lora_unet_layers_0_attention_to_q.alpha"
-    assert f"is broken: its {alpha} has infinite numbers, or NaN" in refusal(kohya | {alpha: torch.tensor(math.nan)})
-    assert "no LoRA: it holds layers.0.attention.to_q.weight" in refusal({f"{ATTENTION}.to_q.weight": torch.ones(2)})
+    broken = refusal(kohya | {f"{to_q}.alpha": torch.tensor(math.nan)})
+    assert f"is broken: its {to_q}.alpha has infinite numbers, or NaN" in broken
+    for state, held in (({f"{ATTENTION}.to_q.weight": torch.ones(2)}, f"{ATTENTION}.to_q.weight"), ({}, "nothing")):
+        assert f"is of another model, not a LoRA: it holds {held}" in refusal(state)
 
 
 def test_a_file_that_is_no_safetensors_file_is_named_for_what_it_is(tmp_path):
@@ -414,13 +373,13 @@ def test_a_file_of_anything_else_is_refused_for_what_it_is(weights, config, tiny
 
     one = torch.ones(2, 2)
     kinds = {
-        "transformer.layers.0.attention.to_q.lora_A.weight": "a LoRA, which is for --init_lora",
+        "transformer.layers.0.attention.to_q.lora_A.weight": "a LoRA, not a Z-Image transformer",
         "control_noise_refiner.0.attention_norm1.weight": "a ControlNet",
         "double_blocks.0.img_attn.qkv.weight": "FLUX",
         "model.diffusion_model.input_blocks.0.0.weight": "Stable Diffusion",
         "model.layers.0.self_attn.q_proj.weight": "a text encoder",
         "decoder.conv_in.weight": "a VAE",
-        "blocks.0.ffn.0.weight": "another model: it holds blocks.0.ffn.0.weight",
+        "blocks.0.ffn.0.weight": "of another model, not a Z-Image transformer: it holds blocks.0.ffn.0.weight",
     }
     for name, kind in kinds.items():
         assert f"model.safetensors is {kind}" in refusal({name: one})
@@ -435,11 +394,10 @@ def test_a_file_of_anything_else_is_refused_for_what_it_is(weights, config, tiny
     assert "what it says of its formats is not JSON" in refusal(scaled | note)
     assert "stores weights as I8: give" in refusal(weights | {f"{ATTENTION}.to_q.weight": one.to(torch.int8)})
     lacking = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
-    assert "another model: it lacks layers.1." in refusal(original_names(lacking))
-    assert "another model: it holds siglip.weight" in refusal(weights | {"siglip.weight": one})
-    assert "another size: its layers.0.attention.to_q.weight is [2, 2], not [48, 48]" in refusal(
-        weights | {f"{ATTENTION}.to_q.weight": one}
-    )
+    assert "another model or size: layers.1." in refusal(original_names(lacking))
+    assert "siglip.weight is [2, 2], not absent" in refusal(weights | {"siglip.weight": one})
+    small = refusal(weights | {f"{ATTENTION}.to_q.weight": one})
+    assert "layers.0.attention.to_q.weight is [2, 2], not [48, 48]" in small
 
 
 def test_a_run_on_a_transformer_in_one_file_needs_no_other_and_its_content_is_the_runs_identity(
@@ -603,8 +561,7 @@ def averaged(tiny_model, shared_photos, tmp_path_factory):
 
 
 def test_the_averaged_weights_are_what_is_validated_and_saved(averaged):
-    out, output = averaged[0]
-    assert "the weights that are validated are averaged" in output
+    out, _ = averaged[0]
     own = [lora_tensors(out / f"checkpoint-{step}") for step in range(1, 5)]
     weights = torch.tensor([0.0625, 0.125, 0.25, 0.5])
     for name, saved in lora_tensors(out).items():

@@ -75,10 +75,10 @@ def test_the_layers_of_attention_and_feed_forward_are_held_in_one_byte(tiny_mode
 
 
 def test_layers_that_float8_products_do_not_take_stay_and_that_is_said(caplog):
-    caplog.set_level("INFO")
+    trainer.error_once.cache_clear()
     transformer = trainer.load_transformer(make_run(TRAINED_MODEL, "bf16", base_model_precision="fp8"))
     assert layer_types(transformer) == {"uint8": 4, "bfloat16": 3}  # its feed-forward layers are 426 wide
-    assert "21 layers whose sizes are not multiples of 16 are not held in float8" in caplog.text
+    assert caplog.text.count("sizes are not multiples of 16 are not held in float8") == 1
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])

@@ -606,7 +606,7 @@ def test_what_was_gained_on_held_out_pictures_is_measured_closer_than_by_plain_s
 
     def plain_mean(run):
         generator, losses = trainer.seeded_generator("plain", run.seed), []
-        for _ in range(2 * trainer.HELD_OUT_LEVELS):
+        for _ in range(2 * 12):
             picture, level = (torch.randint(number, (), generator=generator).item() for number in (2, 1000))
             latents = data.latents[examples[picture], False]
             batch = trainer.MicroBatch(
