@@ -488,7 +488,7 @@ def test_at_the_end_the_page_says_when_the_run_ended_and_refreshes_no_more(valid
 
 
 def test_a_run_that_is_stopped_says_so_on_its_page(tiny_model, shared_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "train", lambda *args: 15)
+    monkeypatch.setattr(trainer, "train", lambda *args: False)
     with pytest.raises(SystemExit):
         train(tiny_model, shared_photos, tmp_path, **DRAWING, prompts=[DOG])
     page = Page(tmp_path)
@@ -501,9 +501,11 @@ def test_a_run_says_where_to_look_and_at_its_end_how_to_use_the_lora(tiny_model,
     output = capsys.readouterr().err
     assert output.index(str(tmp_path / "samples" / "index.html")) < output.index("step 1/1")
     *_, first, second, third = [line.strip() for line in output.splitlines() if line.strip()]
-    namespace = {"ZImagePipeline": ZImagePipeline}
+    namespace = {"ZImagePipeline": ZImagePipeline, "torch": torch}
     exec(f"{first}\n{second}", namespace)
-    assert namespace["pipe"].get_active_adapters() and third.startswith("pipe('a photo of sks dog').images[0].save(")
+    assert namespace["pipe"].get_active_adapters() and third.startswith(
+        "pipe('a photo of sks dog', height=64, width=64"
+    )
 
 
 def test_a_run_without_prompts_writes_no_page(plain):
