@@ -48,7 +48,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import struct
 import sys
 import tempfile
 import threading
@@ -114,6 +113,9 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures
 MASK_ENDING = "-masklabel.png"
 PICTURE_FLAGS = {"instance": "instance_data_dir", "class": "class_data_dir", "held-out": "validation_data_dir"}
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # {EXIF's orientation: Image.Transpose that makes it upright}
+ORIENTATION = re.compile(  # an entry of EXIF, in either order of bytes: tag, type, how many, value
+    rb"(?s)\x12\x01[\x01\x03\x04]\0.{4}([\x01-\x08])\0|\x01\x12\0[\x01\x03\x04].{4}\0{0,3}([\x01-\x08])"
+)
 FOREIGN_FORMATS = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF", "PALM"}  # Pillow alone cannot decode them
 PICTURE_FORMATS = {end: kind for end, kind in Image.registered_extensions().items() if kind not in FOREIGN_FORMATS}
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
@@ -735,7 +737,8 @@ def ineffective_flags(args: argparse.Namespace) -> list[str]:
 
 Source = Path | Callable[[], bytes]  # a picture's file, or a function that returns its bytes
 Caption = tuple[str, Path | str]  # a text, and where it comes from: a file, or a flag
-Found = tuple[str, Source, Caption, Path | None, int]  # name, picture, its own caption, mask, repeats by its folder
+# Of a picture: its name, itself, its own captions, the words in its folder's name, its mask, how often it counts
+Found = tuple[str, Source, list[Caption], str, Path | None, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -772,22 +775,9 @@ def open_picture(name: str, source: Source) -> Iterator[Image.Image]:
 
 
 def find_orientation(image: Image.Image) -> int:
-    """How an open picture is stored, from 1 (upright) to 8 as EXIF counts; 1 where Pillow turns it by itself.
-
-    EXIF blocks are often broken. Pillow's reader ends at the first entry that is, so that the one that matters is
-    looked for again here, and its `exif_transpose` raises where it cannot write the block anew.
-    """
-    found = [1] if image.format == "TIFF" and 0x0112 in image.tag_v2 else []
-    with contextlib.suppress(Exception):  # a block that cannot be read says nothing
-        found.append(image.getexif().get(0x0112))
-    with contextlib.suppress(Exception):
-        block = image.info["exif"].split(b"Exif\0\0")[-1]
-        order = {b"II": "<", b"MM": ">"}[block[:2]]
-        (start,) = struct.unpack_from(f"{order}4xI", block)
-        for entry in range(struct.unpack_from(f"{order}H", block, start)[0]):
-            tag, first, second = struct.unpack_from(f"{order}H6xHH", block, start + 2 + 12 * entry)
-            found += [first or second] if tag == 0x0112 else []
-    return next((int(number) for number in found if number in range(1, 9)), 1)
+    """How an open picture is stored, from 1 (upright) to 8, by the bytes of its EXIF block: many cannot be parsed."""
+    entry = ORIENTATION.search(image.info.get("exif", b""))  # a TIFF has none: Pillow turns it by itself
+    return entry[entry.lastindex][0] if entry else 1
 
 
 def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, Any]) -> Image.Image:
@@ -853,13 +843,6 @@ def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
     return image
 
 
-def verify_pictures(examples: Examples) -> None:
-    """Decode pictures at low quality, so that a damaged one is named before models are loaded."""
-    for kind in examples:
-        for example in examples[kind][:PICTURES_VERIFIED]:
-            load_picture(example, side=64)  # a JPEG is then decoded faster
-
-
 def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
     """Scale a picture to cover `bucket`, cut it there, and mirror it if `flip`. Returns [3, H, W] in [-1, 1].
 
@@ -875,22 +858,16 @@ def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip:
     return pixels.flip(2) if flip else pixels
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is by its name a picture to train on."""
-    name = comparable(path.name)
-    return os.path.splitext(name)[1] in PICTURE_FORMATS and not name.endswith(MASK_ENDING) and os.path.isfile(path)
-
-
 def read_metadata(folder: Path, column: str | None, files: Callable[[Path], dict[str, Path]]) -> dict[Path, Caption]:
     """{picture: (its caption or '', the file of it)} by the folder's METADATA file, if any. Raises UserError."""
     metadata = next((folder / name for name in METADATA if os.path.isfile(folder / name)), None)
     captions, known, fields = {}, set(), [column] if column else ["text", "caption", "prompt", "description"]
     for where, row in read_rows(metadata) if metadata else []:
         name = row.get("file_name") if isinstance(row, dict) and None not in row else None  # None: cells too many
-        path, parts = folder, PurePosixPath(name).parts if isinstance(name, str) else ()
-        for part in parts:
-            path = files(path).get(comparable(part), path / part)
-        if {"..", "/", "//"} & {*parts} or not os.path.isfile(path) or comparable(path.name).endswith(MASK_ENDING):
+        path = folder
+        for part in PurePosixPath(name).parts if isinstance(name, str) else ():
+            path = path and files(path).get(comparable(part))
+        if not path or not os.path.isfile(path) or comparable(path.name).endswith(MASK_ENDING):
             wrong = '"file_name" is missing, or outside the folder, or no picture there, or a text lacks quotes'
             raise UserError(f"{where}: {wrong}: {row!r:.200}")
         texts = (clean_caption(row.get(field), f"{where}, {name!r}") for field in fields)
@@ -915,29 +892,18 @@ def find_in_folder(kind: str, args: argparse.Namespace) -> Iterator[Found]:
     repeated = {path: re.fullmatch("0*([1-9][0-9]{0,3})_(.*)", path.name) for path in list_folder(folder)}
     places = {folder: (1, "")} | {path: (int(name[1]), name[2]) for path, name in repeated.items() if name}
     pictures = dict.fromkeys(captions, (1, ""))
-    pictures |= {path: places[place] for place in places for path in list_folder(place) if is_picture(path)}
+    for place, how in places.items():
+        for path in list_folder(place):
+            name = comparable(path.name)
+            if name.endswith((*PICTURE_FORMATS,)) and not name.endswith(MASK_ENDING) and os.path.isfile(path):
+                pictures[path] = how
     for path, (repeats, words) in sorted(pictures.items()):
-        caption = captions.get(path, ("", ""))
-        for name in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt"):
-            file = files(path.parent).get(comparable(name))
-            if not caption[0] and file and os.path.isfile(file):
-                caption = read_text(file), file
-        if not caption[0] and args.instance_prompt is None and kind != "class":
-            caption = words.strip(), "the names of folders"
-        yield str(path), path, caption, files(path.parent).get(comparable(path.stem + MASK_ENDING)), repeats
-
-
-def read_dataset_picture(data: "datasets.Dataset", column: str, index: int) -> bytes:  # noqa: F821
-    """The encoded picture in a row of a data set."""
-    import fsspec
-
-    picture = data[index][column]
-    if picture is None:
-        raise ValueError("the row has no picture")
-    if picture["bytes"] is not None:
-        return picture["bytes"]
-    with fsspec.open(picture["path"]) as file:  # a path may lead into a zip
-        return file.read()
+        beside = files(path.parent)
+        sidecars = [
+            beside.get(comparable(n)) for n in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt")
+        ]
+        own = [captions.get(path, ("", "")), *((read_text(file), file) for file in sidecars if file)]
+        yield str(path), path, own, words.strip(), beside.get(comparable(path.stem + MASK_ENDING)), repeats
 
 
 def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
@@ -945,6 +911,7 @@ def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
     dataset, column = args.dataset_name, args.image_column
     with user_errors("--dataset_name needs the datasets library, pip install datasets", ImportError):
         import datasets
+        import fsspec  # a requirement of that one
     with user_errors(f"--dataset_name {dataset} cannot be loaded"):
         if any(os.path.isfile(Path(dataset, name)) for name in ("state.json", "dataset_dict.json")):
             data = datasets.load_from_disk(dataset)
@@ -958,12 +925,20 @@ def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
         data = data.cast_column(column, datasets.Image(decode=False))
         paths = data.select_columns([column]).flatten()[f"{column}.path"]
         captions = data[args.caption_column] if args.caption_column else [None] * len(data)
+
+    def read(index: int) -> bytes:
+        picture = data[index][column]
+        if picture["bytes"] is not None:
+            return picture["bytes"]
+        with fsspec.open(picture["path"]) as file:  # a path may lead into a zip
+            return file.read()
+
     for index, (caption, path) in enumerate(zip(captions, paths, strict=True)):
         file = PurePosixPath((path or "").split("::")[0]).name
         name = f"{dataset}[{index}]" + (f" ({file})" if file else "")
         if not comparable(file).endswith(MASK_ENDING):
-            caption = clean_caption(caption, name), f"the column {args.caption_column}"
-            yield name, functools.partial(read_dataset_picture, data, column, index), caption, None, 1
+            own = [(clean_caption(caption, name), f"the column {args.caption_column}")]
+            yield name, functools.partial(read, index), own, "", None, 1
 
 
 def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
@@ -972,9 +947,9 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
     prompt_flag = "--class_prompt" if kind == "class" else "--instance_prompt"
     prompt, prefix, pictures = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
     found = find_in_dataset(args) if flag == "dataset_name" else find_in_folder(kind, args)
-    for name, source, (text, origin), mask, repeats in found:
-        if not text:
-            text, origin = prompt or "", prompt_flag
+    for name, source, own, words, mask, repeats in found:
+        captions = [*own, (prompt, prompt_flag), (words, "the names of folders")]
+        text, origin = next(filter(operator.itemgetter(0), captions), ("", prompt_flag))
         if kind != "class" and not text.startswith(prefix.strip()):
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
         with open_picture(name, source) as image:
@@ -982,6 +957,8 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
         repeats = repeats * args.repeats if kind == "instance" else 1
         mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
         pictures.append(Example(kind, name, source, text, size, size, repeats, origin, mask))
+        if len(pictures) <= PICTURES_VERIFIED:
+            load_picture(pictures[-1], side=64)  # in which a JPEG is decoded faster
     if not pictures and kind != "class":
         formats = ", ".join(sorted(PICTURE_FORMATS)) + "; convert HEIC to one of them"
         raise UserError(f"--{flag} {getattr(args, flag)} holds no pictures ({formats}): put some there")
@@ -1031,44 +1008,33 @@ class PipelineInfo:
         return (self.transformer_config["in_channels"], bucket[0] // VAE_FACTOR, bucket[1] // VAE_FACTOR)
 
     def load(self, cls: type[T], subfolder: str, **kwargs: Any) -> T:
-        """A component; one that has weights is given their `dtype`. Raises UserError."""
+        """A component with its weights, in `dtype`. Raises UserError."""
+        kwargs |= {"subfolder": subfolder, "variant": self.variant, "output_loading_info": True}
         with user_errors(f"{self.name}: its {subfolder} cannot be loaded", OSError, ValueError, SafetensorError):
-            if "dtype" not in kwargs:
-                return cls.from_pretrained(self.path, subfolder=subfolder, **kwargs)
-            kwargs |= {"variant": self.variant, "output_loading_info": True}
-            component, loaded = cls.from_pretrained(self.path, subfolder=subfolder, **kwargs)
+            component, loaded = cls.from_pretrained(self.path, **kwargs)
             if loaded["missing_keys"]:  # diffusers leaves them out, transformers fills them with random numbers
                 raise ValueError("its file lacks some of the weights")
             return component
 
 
 def component_identity(path: str, component: str, variant: str | None, file: Path | None = None) -> str | None:
-    """A digest of what a component computes, wherever and however its files came here; None where they are missing.
+    """A digest of what a component computes, wherever its files came from; None where they are not downloaded.
 
     `file` is in the weight files' place: of each, its size, header and 64 KiB at 16 evenly spaced places count.
     """
-    patterns = [f"*.{variant}*.safetensors", "*.safetensors", f"*.{variant}*.bin", "*.bin"]
-    folders = (sorted(Path(path, component).glob(pattern)) for pattern in patterns)
-    files = [file] if file else next(filter(None, folders), [])
-    if not files:
-        return None
-    digest = hashlib.blake2b(digest_size=16)
+    folder, digest = Path(path, component), hashlib.blake2b(digest_size=16)
+    files = [file] if file else sorted(folder.glob("*.safetensors"))
     for file in files:
-        size = file.stat().st_size
+        header, size = safetensors_header(file), file.stat().st_size
+        digest.update(repr((header, size)).encode())
         with open(file, "rb") as weights:
-            header = int.from_bytes(weights.read(8), "little") if file.suffix == ".safetensors" else 0
-            digest.update(repr((size, weights.read(min(header, size)))).encode())
             for place in range(16):
                 weights.seek(max(0, size - 2**16) * place // 15)
                 digest.update(weights.read(2**16))
-    tokenizer = sorted(Path(path, "tokenizer").glob("*")) if component == "text_encoder" else []
-    for file in [Path(path, component, "config.json"), *filter(Path.is_file, tokenizer)]:
-        content = file.read_bytes()
-        if file.name in ("config.json", "tokenizer_config.json"):  # which also say where they come from
-            settings = {k: v for k, v in json.loads(content).items() if not k.endswith(("name_or_path", "_version"))}
-            content = repr(sorted(settings.items())).encode()
-        digest.update(content)
-    return digest.hexdigest()
+    config = json.loads(read_text(folder / "config.json"))  # which also says where it comes from
+    settings = [item for item in config.items() if not item[0].endswith(("name_or_path", "_version"))]
+    digest.update(repr((sorted(settings), variant)).encode())
+    return digest.hexdigest() if files else None
 
 
 def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
@@ -1077,9 +1043,8 @@ def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
     if Path(name).is_dir():
         return name
     with accelerator.local_main_process_first():  # one process of a machine downloads for all
-        path = snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
         if args.dry_run:  # weights are not needed for the plan
-            return path
+            return snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
         without = {"transformer": None} if args.transformer_path else {}
         return DiffusionPipeline.download(name, **where, **without, variant=args.variant)
 
@@ -1097,31 +1062,25 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
             configs[part] = cls.load_config(path, subfolder=part)
             if configs[part]["_class_name"] != cls.__name__:
                 raise ValueError(f"it is of a {configs[part]['_class_name']}, not a {cls.__name__}")
-    with user_errors(f"{incomplete} text_encoder"):
+    with user_errors(f"{incomplete} text_encoder or tokenizer"):
         text_config = transformers.AutoConfig.from_pretrained(path, subfolder="text_encoder")
-    with user_errors(f"{incomplete} tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         if not tokenizer.chat_template:
-            raise ValueError("it has no chat template")
+            raise ValueError("there is no chat template")
     transformer, vae, text_type = configs["transformer"], configs["vae"], text_config.model_type
     fits = text_type.startswith("qwen") and text_config.hidden_size == transformer["cap_feat_dim"]
     if not fits or vae["latent_channels"] != transformer["in_channels"] or len(vae["block_out_channels"]) != 4:
         raise UserError(f"{flag}: its text_encoder (a {text_type}), vae and transformer do not fit together")
-    file = args.transformer_path and Path(args.transformer_path)
-    if file:
-        with user_errors("--transformer_path", UserError):
-            safetensors_header(file)
+    file = Path(args.transformer_path) if args.transformer_path else None
     files = {"transformer": file, "vae": None, "text_encoder": None}
     identity = {part: component_identity(path, part, args.variant, own) for part, own in files.items()}
-    lacking = [part for part, digest in identity.items() if digest is None]
-    if lacking and Path(name).is_dir():
+    if (lacking := [part for part, digest in identity.items() if digest is None]) and Path(name).is_dir():
         raise UserError(f"{flag}: its {lacking[0]} has no weights")
-    side = round_size(max(args.resolution))
-    sizes = [(side, side), *(args.aspect_ratio_buckets or []), *(drawing.size for drawing in args.validation_prompt)]
-    height, width = (positions * SIZE_MULTIPLE for positions in transformer["axes_lens"][1:])  # of rotary embeddings
-    if any(size[0] > height or size[1] > width for size in sizes):
+    drawn = [drawing.size for drawing in args.validation_prompt]
+    sides = itertools.chain(map(round_size, args.resolution), *(args.aspect_ratio_buckets or []), *drawn)
+    if max(sides) > (most := SIZE_MULTIPLE * min(transformer["axes_lens"][1:])):  # positions of rotary embeddings
         flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
-        raise UserError(f"{flags}: this model draws at most {height} x {width} pixels, make them smaller")
+        raise UserError(f"{flags}: this model draws at most {most} pixels a side, make them smaller")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
@@ -1181,11 +1140,6 @@ class Run:
         return float(self.args.gradient_checkpointing or by_config)
 
     @property
-    def offloads(self) -> bool:
-        """Whether `--offload` has somewhere to put things: on the CPU it has not."""
-        return self.args.offload and self.accelerator.device != torch.device("cpu")
-
-    @property
     def encoder_dtype(self) -> torch.dtype:
         """Type of the text encoder: float16 overflows in Qwen3."""
         return torch.bfloat16 if self.weight_dtype == torch.float16 else self.weight_dtype
@@ -1210,8 +1164,8 @@ def validation_pipeline(run: Run) -> PipelineInfo:
     with user_errors("--validation_model_path", UserError, OSError, ValueError):
         where = {"cache_dir": run.args.cache_dir, "allow_patterns": ["transformer/*", "scheduler/*"]}
         path = name if Path(name).is_dir() else snapshot_download(name, **where)
-        other = dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None)
-        return dataclasses.replace(other, scheduler=other.load(FlowMatchEulerDiscreteScheduler, "scheduler"))
+        parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")}
+        return dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None, **parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1426,28 +1380,14 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     return torch.cat([latents, torch.nn.functional.avg_pool2d(masks / 2 + 0.5, VAE_FACTOR)], dim=1)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: the libraries of CUDA raise RuntimeErrors of their own for it."""
-    return isinstance(error, (MemoryError, RuntimeError)) and bool(OUT_OF_MEMORY.search(f"{type(error)} {error}"))
-
-
 @torch.no_grad()
 def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is loaded for as long as it takes."""
-    device, pictures = run.accelerator.device, []
-    vae = load_vae(run).to(device)
-    while len(pictures) < len(latents):
-        one = latents[len(pictures)].to(device)[None] / vae.config.scaling_factor + vae.config.shift_factor
-        try:
-            pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
-            continue
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or vae.use_tiling:
-                raise
-        # Outside of the handler, where the error no longer holds tensors. The tiles may just be seen
-        logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
-        vae.enable_tiling()
-        release_memory()
+    vae, pictures = load_vae(run).to(run.accelerator.device), []
+    vae.enable_tiling()  # of pictures beyond 1024 pixels, one by one: a whole one could take more memory than training
+    for one in latents:
+        one = one.to(vae.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
+        pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
     return pictures
 
 
@@ -1594,7 +1534,8 @@ def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda)
-        with on_host if run.offloads else contextlib.nullcontext():
+        offload = run.args.offload and run.accelerator.device != torch.device("cpu")  # which is the host
+        with on_host if offload else contextlib.nullcontext():
             return torch.utils.checkpoint.checkpoint(block, hidden_states, *inputs, **options)
 
     transformer.enable_gradient_checkpointing(run_block)
@@ -2850,6 +2791,11 @@ def choose_fraction(plan: TrainingPlan, run: Run) -> float:
     return (number + 0.01) / blocks
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: the libraries of CUDA raise RuntimeErrors of their own for it."""
+    return isinstance(error, (MemoryError, RuntimeError)) and bool(OUT_OF_MEMORY.search(f"{type(error)} {error}"))
+
+
 @contextlib.contextmanager
 def out_of_memory_said(stage: str, counted: dict[str, float], plan: TrainingPlan, run: Run) -> Iterator[None]:
     """Raises TrainingError where a stage runs out of memory: what was planned and free, and what flags would fit."""
@@ -2971,6 +2917,7 @@ def make_fingerprint(plan: TrainingPlan, run: Run) -> dict[str, Any]:
     args, examples, quantized_by = run.args, plan.examples, run.args.bnb_quantization_config_path
     instances, classes = examples["instance"], {e.name for e in examples.get("class", [])}
     masks = [e.mask.read_bytes() for kind in examples for e in examples[kind] if isinstance(e.mask, Path)]
+    captions = [plan.tokens[e.caption] for e in instances]
     pictures = [(Path(e.name).name, e.size, e.repeats) for e in instances]
     file_sizes = [e.source.stat().st_size for e in instances if isinstance(e.source, Path)]
     fingerprint = {name: getattr(args, name) for name in MATHEMATICS}
@@ -2984,7 +2931,7 @@ def make_fingerprint(plan: TrainingPlan, run: Run) -> dict[str, Any]:
         "mixed_precision": run.accelerator.mixed_precision,
         "total batch size": plan.total_batch_size,
         "pictures": digest_of((pictures, file_sizes)),
-        "captions (of files, instance_prompt or caption_prefix)": digest_of([e.caption for e in instances]),
+        "captions (of files, instance_prompt or caption_prefix)": digest_of(captions),
         "masks": digest_of(masks),
         "training sizes (resolution or aspect_ratio_buckets)": digest_of([e.bucket for e in instances]),
         "number of class images": len(classes) + plan.missing_class_images,
@@ -3290,7 +3237,6 @@ def main(args: argparse.Namespace) -> None:
     if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
         logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
         return
-    verify_pictures(examples)
     if args.dry_run:
         if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
             command = re.sub(r" --(dr\w*|(pl|hub_t)\w*[= ]\S+)", "", shlex.join(sys.argv))  # nor beginnings of flags

@@ -194,7 +194,6 @@ def picture_corpus(seed):
 def read_whole(folder):
     """What a folder of pictures becomes in training, by the trainer's own functions: [3, 64, 64] each."""
     examples = trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out")))
-    trainer.verify_pictures(examples)
     pictures = []
     for example in examples["instance"]:
         try:
@@ -323,7 +322,7 @@ def test_a_strange_file_name_makes_one_printable_line(name, tiny_model, photos, 
 
 
 def skip_the_check(trainer):
-    trainer.verify_pictures = lambda examples: None
+    trainer.PICTURES_VERIFIED = 0
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -207,10 +207,10 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
             mock.patch.object(trainer.DiffusionPipeline, "download") as weights,
         ):
             trainer.local_pipeline(run.args, accelerator)
-        assert configuration.call_args.args == ("someone/z-image",)
-        assert configuration.call_args.kwargs.items() >= where.items()
-        assert not any("safetensors" in pattern for pattern in configuration.call_args.kwargs["allow_patterns"])
         assert weights.call_args == (None if dry_run else mock.call("someone/z-image", **flags))
+    assert configuration.call_args.args == ("someone/z-image",)
+    assert configuration.call_args.kwargs.items() >= where.items()
+    assert not any("safetensors" in pattern for pattern in configuration.call_args.kwargs["allow_patterns"])
     with (
         mock.patch.object(trainer, "snapshot_download", return_value="nowhere") as download,
         pytest.raises(trainer.UserError),

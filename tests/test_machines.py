@@ -537,7 +537,8 @@ def test_only_cuda_copies_to_the_host_without_waiting(monkeypatch):
     transformer = SimpleNamespace(
         noise_refiner=[], context_refiner=[], layers=[block], enable_gradient_checkpointing=given.append
     )
-    run = SimpleNamespace(checkpointed_fraction=1.0, sharded=False, offloads=True, args=parsed())
+    gpu = SimpleNamespace(device=torch.device("mps"))
+    run = SimpleNamespace(checkpointed_fraction=1.0, sharded=False, args=parsed(offload=True), accelerator=gpu)
     trainer.checkpoint_blocks(transformer, run)
     given[0](block, torch.zeros(1, 2)).sum().backward()
     assert pinned == [False]

@@ -86,7 +86,6 @@ TURNED = {  # blocks that say how to turn the picture, each with something odd
     "two turns in one": exif_block((0x0112, SHORT, 2, b"\6\0\6\0")),
     "a long number": exif_block((0x0112, LONG, 1, b"\6\0\0\0")),
     "a byte": exif_block((0x0112, BYTE, 1, b"\6\0\0\0")),
-    "a floating point number": exif_block((0x0112, FLOAT, 1, struct.pack("<f", 6))),
 }
 NOT_TURNED = {
     "a text": exif_block((0x0112, ASCII, 2, b"6\0\0\0")),
@@ -125,7 +124,6 @@ def test_a_picture_is_upright_whatever_else_its_exif_block_says(block, kind, tmp
     path = tmp_path / f"photo.{kind.lower()}"
     path.write_bytes(with_exif(block, kind))
     (example,) = read(tmp_path, instance_prompt="x")["instance"]
-    trainer.verify_pictures({"instance": [example]})
     found = np.asarray(trainer.decode_image(example.name, example.source)).astype(int)
     assert example.size == found.shape[:2] == (48, 32)
     assert np.abs(found - upright()).max() <= 20
@@ -136,7 +134,6 @@ def test_a_picture_is_upright_whatever_else_its_exif_block_says(block, kind, tmp
 def test_a_picture_whose_exif_block_says_nothing_stays_as_it_is(block, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(with_exif(block, "JPEG"))
     (example,) = read(tmp_path, instance_prompt="x")["instance"]
-    trainer.verify_pictures({"instance": [example]})
     assert example.size == trainer.decode_image(example.name, example.source).size[::-1] == (32, 48)
 
 
@@ -339,7 +336,6 @@ def test_a_prefix_comes_before_every_caption_that_does_not_begin_with_it(prefix,
 def test_what_pillow_decodes_by_itself_is_a_picture(suffix, tmp_path):
     paint(tmp_path / f"a{suffix}")
     (example,) = read(tmp_path, instance_prompt="x")["instance"]
-    trainer.verify_pictures({"instance": [example]})
     assert (
         np.abs(np.asarray(trainer.decode_image(example.name, example.source)).astype(int) - (200, 30, 60)).max() <= 3
     )
@@ -600,7 +596,8 @@ def test_a_changed_mask_is_not_taken_from_the_cache_and_is_another_run(tiny_mode
         examples = trainer.load_all_examples(run.args)
         (latents,) = trainer.cache_latents(examples["instance"], run).values()
         found.append(latents)
-        fingerprints.append(trainer.make_fingerprint(trainer.TrainingPlan(examples, {}, run), run)["masks"])
+        plan = trainer.TrainingPlan(examples, trainer.tokenize(examples, run), run)
+        fingerprints.append(trainer.make_fingerprint(plan, run)["masks"])
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
