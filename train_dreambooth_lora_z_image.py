@@ -765,35 +765,27 @@ def read_bytes(source: Source) -> bytes:
 
 
 @contextlib.contextmanager
-def open_picture(name: str, source: Source) -> Iterator[Image.Image]:
-    """An open Pillow picture, not yet decoded; whatever is raised about it becomes a UserError that names it."""
+def open_picture(name: str, source: Source) -> Iterator[tuple[Image.Image, int]]:
+    """An open Pillow picture, not yet decoded, and how it is stored, from 1 (upright) to 8. Raises UserError."""
     formats = {*PICTURE_FORMATS.values()} - {"MPO"}  # which is read as a JPEG; no other program sees the bytes
     with user_errors(f"{name} cannot be read as a picture, replace or remove it"):
         file = source if isinstance(source, Path) else io.BytesIO(source())
         with Image.open(file, formats=sorted(formats)) as image:
-            yield image
-
-
-def find_orientation(image: Image.Image) -> int:
-    """How an open picture is stored, from 1 (upright) to 8, by the bytes of its EXIF block: many cannot be parsed."""
-    entry = ORIENTATION.search(image.info.get("exif", b""))  # a TIFF has none: Pillow turns it by itself
-    return entry[entry.lastindex][0] if entry else 1
+            # By the bytes of its EXIF block, since many cannot be parsed; a TIFF has none, Pillow turns it by itself.
+            entry = ORIENTATION.search(image.info.get("exif", b""))
+            yield image, entry[entry.lastindex][0] if entry else 1
 
 
 def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, Any]) -> Image.Image:
-    """A grey picture of 16 or 32 bits a pixel, or of floating point, in 8 bits. `tags` are those of a TIFF.
-
-    Black is 0, white the smallest usual white that no pixel exceeds; with negative values, the minimum and maximum.
-    """
+    """A grey picture of 16 or 32 bits, or of floats, in 8: white is the smallest usual white that no pixel exceeds."""
     values = np.asarray(image)
     if image.mode == "I" and file_format == "TIFF" and tags.get(339, (1,)) == (1,):  # 32 bits without a sign
         values = values.view(np.uint32)
     finite = values[np.isfinite(values)]
-    black = finite.min(initial=0).item()
+    black = finite.min(initial=0).item()  # with negative values, those between minimum and maximum are shown
     high = finite.max(initial=black).item()
-    whites = [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
-    if image.mode.startswith("I;16") or file_format in ("PNG", "PPM"):
-        whites = [65535]
+    of_16_bits = image.mode.startswith("I;16") or file_format in ("PNG", "PPM")
+    whites = [65535] if of_16_bits else [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
     white = high if black < 0 else min((white for white in whites if white >= high), default=high)
     grey = np.nan_to_num((values.astype(np.float32) - black) * (255 / ((white - black) or 1)))
     image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
@@ -801,15 +793,11 @@ def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, 
 
 
 def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image:
-    """A picture as a person would see it: first frame, upright, sRGB. Raises UserError.
-
-    RGB; with transparency RGBA, and on white all the same. One of more than `side`² pixels is made smaller first, so
-    that converting it costs little.
-    """
-    with open_picture(name, source) as image:
-        turn, profile = TURNS.get(find_orientation(image)), image.info.get("icc_profile")
+    """A picture as a person would see it: first frame, upright, sRGB; RGBA if transparent, on white all the same."""
+    with open_picture(name, source) as (image, orientation):
+        turn, profile = TURNS.get(orientation), image.info.get("icc_profile")
         file_format, tags = image.format, dict(image.tag_v2) if image.format == "TIFF" else {}
-        image.draft("RGB", (side, side))  # a JPEG is decoded smaller at once
+        image.draft("RGB", (side, side))  # a JPEG of more than `side`² pixels is decoded smaller, others are shrunk
         if (step := math.ceil(math.sqrt(image.width * image.height) / side)) > 1:
             image = image.resize([math.ceil(length / step) for length in image.size], Image.Resampling.NEAREST)
         image = image if turn is None else image.transpose(turn)
@@ -820,8 +808,7 @@ def decode_image(name: str, source: Source, side: int = MAX_SIDE) -> Image.Image
         if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
             with contextlib.suppress(Exception):  # a broken profile is as good as none
                 own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-                mode = "RGBA" if image.mode == "RGBA" else "RGB"
-                image = ImageCms.profileToProfile(image, own, srgb, outputMode=mode)
+                image = ImageCms.profileToProfile(image, own, srgb, outputMode="RGBA" if "A" in image.mode else "RGB")
         if image.mode != "RGBA":
             return image.convert("RGB")
         on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -846,8 +833,7 @@ def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
 def fit_to_bucket(image: Image.Image, bucket: Size, crop: Sequence[float], flip: bool) -> Tensor:
     """Scale a picture to cover `bucket`, cut it there, and mirror it if `flip`. Returns [3, H, W] in [-1, 1].
 
-    `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Only the part that is kept is scaled,
-    so that a picture of extreme shape costs no more memory than another. Of an RGBA picture, [4, H, W] with the mask.
+    `crop` = (vertical, horizontal) in [0, 1] says where in the surplus to cut. Of RGBA, [4, H, W] with the mask.
     """
     layers = [(image.convert("RGB"), Image.Resampling.LANCZOS)]
     if image.mode == "RGBA":
@@ -899,9 +885,7 @@ def find_in_folder(kind: str, args: argparse.Namespace) -> Iterator[Found]:
                 pictures[path] = how
     for path, (repeats, words) in sorted(pictures.items()):
         beside = files(path.parent)
-        sidecars = [
-            beside.get(comparable(n)) for n in (path.stem + ".txt", path.stem + ".caption", path.name + ".txt")
-        ]
+        sidecars = map(beside.get, map(comparable, (path.stem + ".txt", path.stem + ".caption", path.name + ".txt")))
         own = [captions.get(path, ("", "")), *((read_text(file), file) for file in sidecars if file)]
         yield str(path), path, own, words.strip(), beside.get(comparable(path.stem + MASK_ENDING)), repeats
 
@@ -952,8 +936,8 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
         text, origin = next(filter(operator.itemgetter(0), captions), ("", prompt_flag))
         if kind != "class" and not text.startswith(prefix.strip()):
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
-        with open_picture(name, source) as image:
-            size = image.size if find_orientation(image) >= 5 else image.size[::-1]
+        with open_picture(name, source) as (image, orientation):
+            size = image.size if orientation >= 5 else image.size[::-1]
         repeats = repeats * args.repeats if kind == "instance" else 1
         mask = (mask or "alpha") if args.masked_loss and kind != "held-out" else None
         pictures.append(Example(kind, name, source, text, size, size, repeats, origin, mask))
@@ -1018,10 +1002,7 @@ class PipelineInfo:
 
 
 def component_identity(path: str, component: str, variant: str | None, file: Path | None = None) -> str | None:
-    """A digest of what a component computes, wherever its files came from; None where they are not downloaded.
-
-    `file` is in the weight files' place: of each, its size, header and 64 KiB at 16 evenly spaced places count.
-    """
+    """A digest of what a component computes, wherever it came from, with `file` in the place of its own weights."""
     folder, digest = Path(path, component), hashlib.blake2b(digest_size=16)
     files = [file] if file else sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -1029,7 +1010,7 @@ def component_identity(path: str, component: str, variant: str | None, file: Pat
         digest.update(repr((header, size)).encode())
         with open(file, "rb") as weights:
             for place in range(16):
-                weights.seek(max(0, size - 2**16) * place // 15)
+                weights.seek(max(0, size - 2**16) * place // 15)  # evenly spaced
                 digest.update(weights.read(2**16))
     config = json.loads(read_text(folder / "config.json"))  # which also says where it comes from
     settings = [item for item in config.items() if not item[0].endswith(("name_or_path", "_version"))]
@@ -1037,25 +1018,20 @@ def component_identity(path: str, component: str, variant: str | None, file: Pat
     return digest.hexdigest() if files else None
 
 
-def local_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> str:
-    """The folder of `--pretrained_model_name_or_path`, downloaded first where that is an id on the Hub."""
-    name, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    if Path(name).is_dir():
-        return name
-    with accelerator.local_main_process_first():  # one process of a machine downloads for all
-        if args.dry_run:  # weights are not needed for the plan
-            return snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
-        without = {"transformer": None} if args.transformer_path else {}
-        return DiffusionPipeline.download(name, **where, **without, variant=args.variant)
-
-
 def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> PipelineInfo:
-    """Read the configuration of every component, before anything expensive. Raises UserError."""
-    name = args.pretrained_model_name_or_path
+    """Download the pipeline if it is on the Hub, and read the configuration of its components. Raises UserError."""
+    name, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     flag = f"--pretrained_model_name_or_path {name}"
     incomplete = f"{flag} is not a complete Z-Image pipeline: its"
-    with user_errors(f"{incomplete} model_index.json"):
-        path = local_pipeline(args, accelerator)
+    local = Path(name).is_dir()
+    # One process of a machine downloads for all; weights are not needed for the plan.
+    with user_errors(f"{incomplete} model_index.json"), accelerator.local_main_process_first():
+        path = (
+            name if local else snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
+        )
+        if not local and not args.dry_run:
+            where |= {"transformer": None} if args.transformer_path else {}
+            path = DiffusionPipeline.download(name, **where, variant=args.variant)
     classes, configs = (ZImagePipeline, ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler), {}
     for part, cls in zip(("", "transformer", "vae", "scheduler"), classes, strict=True):
         with user_errors(f"{incomplete} {part or 'model_index.json'}"):
@@ -1074,7 +1050,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     file = Path(args.transformer_path) if args.transformer_path else None
     files = {"transformer": file, "vae": None, "text_encoder": None}
     identity = {part: component_identity(path, part, args.variant, own) for part, own in files.items()}
-    if (lacking := [part for part, digest in identity.items() if digest is None]) and Path(name).is_dir():
+    if (lacking := [part for part, digest in identity.items() if digest is None]) and local:
         raise UserError(f"{flag}: its {lacking[0]} has no weights")
     drawn = [drawing.size for drawing in args.validation_prompt]
     sides = itertools.chain(map(round_size, args.resolution), *(args.aspect_ratio_buckets or []), *drawn)
@@ -1087,16 +1063,13 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     return PipelineInfo(name, path, args.variant, transformer, vae, text_config, tokenizer, scheduler, identity, file)
 
 
-Targets = dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraSettings:
     """What the LoRA is, by the flags or by the file of `--init_lora`."""
 
     rank: int
     alpha: float
-    targets: Targets
+    targets: dict[str, dict[str, int]]  # {name in --lora_layers: {module path: its inputs + outputs}}
     initial: State | None = None  # the matrices that it starts from, under their names in PEFT
     initial_digest: str | None = None  # of the file that they come from
     base: State | None = None  # the matrices of `--base_adapter`, with its weight
@@ -1134,10 +1107,8 @@ class Run:
     @property
     def checkpointed_fraction(self) -> float:
         """Fraction of the blocks that keep only their inputs, by the flag or by the config's FSDP section."""
-        if self.fraction is not None:
-            return self.fraction
         by_config = self.sharded and self.accelerator.state.fsdp_plugin.activation_checkpointing
-        return float(self.args.gradient_checkpointing or by_config)
+        return float(self.args.gradient_checkpointing or by_config) if self.fraction is None else self.fraction
 
     @property
     def encoder_dtype(self) -> torch.dtype:
@@ -1287,14 +1258,13 @@ def cached_encoding(run: Run, key: tuple, compute: Callable[[], Tensor], togethe
             tensor = load_file(file)["encoding"]
     if together:  # one process looks for all: another run may be adding to the folder
         tensor = broadcast_object_list([tensor])[0]
-    if tensor is not None:
-        return tensor
-    tensor = compute()
-    if file:
-        with optional(f"Writing to --encoding_cache_dir {folder}"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file, os.getpid()) as part:  # other runs that use the folder never see half a file
-                save_file({"encoding": tensor.contiguous()}, part)
+    if tensor is None:
+        tensor = compute()
+        if file:
+            with optional(f"Writing to --encoding_cache_dir {folder}"):
+                os.makedirs(folder, exist_ok=True)
+                with replacing(file, os.getpid()) as part:  # other runs that use the folder never see half a file
+                    save_file({"encoding": tensor.contiguous()}, part)
     return tensor
 
 
@@ -1386,6 +1356,7 @@ def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     vae, pictures = load_vae(run).to(run.accelerator.device), []
     vae.enable_tiling()  # of pictures beyond 1024 pixels, one by one: a whole one could take more memory than training
     for one in latents:
+        assert one.ndim == 3 and len(one) == vae.config.latent_channels
         one = one.to(vae.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
         pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
     return pictures
@@ -1629,7 +1600,7 @@ OTHER_NAMES = {  # that --lora_layers takes: {name, or its end: what it means he
 }
 
 
-def resolve_lora_layers(names: str, linear: Linear) -> Targets:
+def resolve_lora_layers(names: str, linear: Linear) -> dict[str, dict[str, int]]:
     """The layers that `--lora_layers` means: a dot that no number follows can stand for more. Raises UserError."""
     targets = {}
     for name in map(str.strip, names.strip(", ").split(",")):

@@ -1,5 +1,6 @@
 """Compiled blocks compute what the plain ones do, and are compiled once for each size."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -64,6 +65,7 @@ def make_run(model, precision="no", pictures="unused", **flags):
         num_processes=1,
         process_index=0,
         is_main_process=True,
+        local_main_process_first=contextlib.nullcontext,
         scaler=None,
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )

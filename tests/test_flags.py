@@ -205,8 +205,9 @@ def test_where_weights_come_from_is_passed_on(tiny_model):
         with (
             mock.patch.object(trainer, "snapshot_download") as configuration,
             mock.patch.object(trainer.DiffusionPipeline, "download") as weights,
+            pytest.raises(trainer.UserError),
         ):
-            trainer.local_pipeline(run.args, accelerator)
+            trainer.read_pipeline_info(run.args, accelerator)
         assert weights.call_args == (None if dry_run else mock.call("someone/z-image", **flags))
     assert configuration.call_args.args == ("someone/z-image",)
     assert configuration.call_args.kwargs.items() >= where.items()
@@ -332,8 +333,9 @@ def settings(tiny_model, shared_photos):
         examples = make_examples(run, shared_photos)
         if "repeats" in flags:
             examples["instance"] = [dataclasses.replace(e, repeats=flags["repeats"]) for e in examples["instance"]]
+        tokens = trainer.tokenize(examples, run)
         vars(run.args).update(flags)
-        plan = trainer.TrainingPlan(examples, {}, run)
+        plan = trainer.TrainingPlan(examples, tokens, run)
         plan.missing_class_images = missing_class_images
         return json.loads(json.dumps(trainer.make_fingerprint(plan, run)))
 

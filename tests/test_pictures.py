@@ -383,7 +383,6 @@ def dogs(tmp_path):
 
 def dataset_pictures(name, cache, **flags):
     examples = read(None, dataset_name=name, cache_dir=cache, caption_column="text", **flags)["instance"]
-    trainer.verify_pictures({"instance": examples})
     return {
         example.caption: trainer.decode_image(example.name, example.source).getpixel((0, 0)) for example in examples
     }
