@@ -125,6 +125,7 @@ PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OUT_OF_MEMORY = re.compile("(out of|not enough|can't allocate) memory|OutOfMemory|ALLOC_FAILED|MemoryError")
+PATIENCE = 2.0  # seconds for which an update waits for its pictures after a stop signal
 TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 
 T = TypeVar("T")
@@ -1221,10 +1222,9 @@ def with_progress(
     items: Iterable[T], what: str, accelerator: Accelerator, total: int = 0, done: int = 0, shown: dict | None = None
 ) -> Iterator[T]:
     """Goes through `items` with a bar at a terminal, else with a line now and then; what is `shown` may change."""
-    hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
-    total, started = total or len(items), time.monotonic()
+    total, started, hidden = total or len(items), time.monotonic(), None if accelerator.is_main_process else True
     next_line = started + 2
-    with tqdm(desc=what, total=total, initial=done, disable=hidden, leave=False) as bar:
+    with tqdm(desc=what, total=total, initial=done, leave=False, disable=hidden) as bar:  # None: by the terminal
         for number, item in enumerate(items, done + 1):
             yield item
             bar.set_postfix(shown, refresh=False)
@@ -1969,9 +1969,6 @@ class TrainingPlan:
         if self.run.sharded:  # every process must run as many forward passes as the others
             own += [[dataclasses.replace(samples[0], weight=0.0)]] * (max(map(len, parts)) - len(own))
         return own
-
-
-PATIENCE = 2.0  # seconds for which an update waits for its pictures after a stop signal
 
 
 @dataclasses.dataclass
