@@ -887,7 +887,7 @@ def find_in_folder(kind: str, args: argparse.Namespace) -> Iterator[Found]:
     for path, (repeats, words) in sorted(pictures.items()):
         beside = files(path.parent)
         sidecars = map(beside.get, map(comparable, (path.stem + ".txt", path.stem + ".caption", path.name + ".txt")))
-        own = [captions.get(path, ("", "")), *((read_text(file), file) for file in sidecars if file)]
+        own = [captions.get(path, ("", "")), *((read_text(f), f) for f in sidecars if f and os.path.isfile(f))]
         yield str(path), path, own, words.strip(), beside.get(comparable(path.stem + MASK_ENDING)), repeats
 
 
