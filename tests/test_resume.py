@@ -381,18 +381,21 @@ def test_an_older_checkpoint_goes_only_after_the_new_one_stands(tiny_model, phot
 
 
 def count_whole_checkpoints_at_every_change(trainer):
-    save_checkpoint, replace, started = trainer.save_checkpoint, os.replace, []
+    save_checkpoint, folders = trainer.save_checkpoint, []
 
-    def save(*args, **kwargs):
-        save_checkpoint(*args, **kwargs)
-        started.append(True)
+    def save(state, fingerprint, run):
+        save_checkpoint(state, fingerprint, run)
+        folders.append(run.args.output_dir)
 
-    def replace_and_count(source, target, **kwargs):
-        replace(source, target, **kwargs)
-        if started and Path(target).name.startswith("checkpoint-"):
-            print("whole:", len(trainer.list_checkpoints(Path(target).parent)))
+    def counted(change):
+        def call(*paths, **kwargs):
+            change(*paths, **kwargs)
+            if folders and "checkpoint-" in str(paths):
+                print("whole:", sum((path / STATE).is_file() for path in trainer.list_checkpoints(folders[0])))
 
-    trainer.save_checkpoint, os.replace = save, replace_and_count
+        return call
+
+    trainer.save_checkpoint, os.replace, os.unlink = save, counted(os.replace), counted(os.unlink)
 
 
 def test_the_checkpoint_just_saved_is_never_the_one_that_the_limit_removes(
