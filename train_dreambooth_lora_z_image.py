@@ -226,8 +226,9 @@ def clean_caption(caption: Any, where: str) -> str:
 
 
 def comparable(name: str) -> str:
-    """A file's name as names are compared: in NFC, as a Mac's é is two characters, and its suffixes in lower case."""
+    """A file's name as names are compared: in NFC, as a Mac's é is two characters, and its endings in lower case."""
     stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    stem = re.sub("(?i)-masklabel$", "-masklabel", stem)
     return (comparable(stem) if suffix.lower() in (".txt", ".caption") else stem) + suffix.lower()
 
 
@@ -772,9 +773,10 @@ def open_picture(name: str, source: Source) -> Iterator[tuple[Image.Image, int]]
     with user_errors(f"{name} cannot be read as a picture, replace or remove it"):
         file = source if isinstance(source, Path) else io.BytesIO(source())
         with Image.open(file, formats=sorted(formats)) as image:
-            # By the bytes of its EXIF block, since many cannot be parsed; a TIFF has none, Pillow turns it by itself.
-            entry = ORIENTATION.search(image.info.get("exif", b""))
-            yield image, entry[entry.lastindex][0] if entry else 1
+            orientation, entry = 1, ORIENTATION.search(image.info.get("exif", b""))  # by its bytes: many are broken
+            with contextlib.suppress(Exception):  # what cannot be read, of XMP for example, says nothing
+                orientation = entry[entry.lastindex][0] if entry else image.getexif().get(0x0112)
+            yield image, orientation if orientation in TURNS and image.format != "TIFF" else 1  # turned by Pillow
 
 
 def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, Any]) -> Image.Image:
@@ -1027,9 +1029,8 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     local = Path(name).is_dir()
     # One process of a machine downloads for all; weights are not needed for the plan.
     with user_errors(f"{incomplete} model_index.json"), accelerator.local_main_process_first():
-        path = (
-            name if local else snapshot_download(name, **where, allow_patterns=["*.json", "*/*.json", "tokenizer/*"])
-        )
+        configs = ["*.json", "*/*.json", "tokenizer/*"]
+        path = name if local else snapshot_download(name, **where, allow_patterns=configs)
         if not local and not args.dry_run:
             where |= {"transformer": None} if args.transformer_path else {}
             path = DiffusionPipeline.download(name, **where, variant=args.variant)
@@ -1056,8 +1057,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     drawn = [drawing.size for drawing in args.validation_prompt]
     sides = itertools.chain(map(round_size, args.resolution), *(args.aspect_ratio_buckets or []), *drawn)
     if max(sides) > (most := SIZE_MULTIPLE * min(transformer["axes_lens"][1:])):  # positions of rotary embeddings
-        flags = "--resolution, --aspect_ratio_buckets, --validation_prompt"
-        raise UserError(f"{flags}: this model draws at most {most} pixels a side, make them smaller")
+        raise UserError(f"--resolution, --aspect_ratio_buckets, --validation_prompt: at most {most} pixels a side")
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
     if scheduler.config.use_dynamic_shifting and args.timestep_shift is None:
         raise UserError(f"{flag}: its scheduler's shift depends on the picture: give --timestep_shift for training")
@@ -1191,9 +1191,9 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
-    # PEFT: int8 layers cannot be merged, and --base_adapter is a second one. torch: the first update was skipped.
-    warnings.filterwarnings("ignore", ".*(get_apply_tensor_subclass|`peft_config` attribute|`lr_scheduler.step)")
-    warnings.filterwarnings("ignore", ".*complex operators")  # Inductor, of the rotary embedding, which it leaves be
+    # Of int8 layers, --base_adapter, an update that is skipped, rotary embeddings
+    known = ".*(get_apply_tensor_subclass|`peft_config` attribute|`lr_scheduler.step|complex operators)"
+    warnings.filterwarnings("ignore", known)
     if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
         raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
     if precision == "fp16" and device == "cpu":
@@ -1350,15 +1350,26 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor, run: Run) -> Tensor:
     return torch.cat([latents, torch.nn.functional.avg_pool2d(masks / 2 + 0.5, VAE_FACTOR)], dim=1)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: the libraries of CUDA raise RuntimeErrors of their own for it."""
+    return isinstance(error, (MemoryError, RuntimeError)) and bool(OUT_OF_MEMORY.search(f"{type(error)} {error}"))
+
+
 @torch.no_grad()
 def decode_latents(latents: list[Tensor], run: Run) -> list[Image.Image]:
     """Pictures of latents [C, h, w], the inverse of `encode_images`; the VAE is loaded for as long as it takes."""
     vae, pictures = load_vae(run).to(run.accelerator.device), []
-    vae.enable_tiling()  # of pictures beyond 1024 pixels, one by one: a whole one could take more memory than training
-    for one in latents:
-        assert one.ndim == 3 and len(one) == vae.config.latent_channels
-        one = one.to(vae.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
-        pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
+    while len(pictures) < len(latents):
+        one = latents[len(pictures)].to(vae.device)[None] / vae.config.scaling_factor + vae.config.shift_factor
+        try:
+            pictures += diffusers.image_processor.VaeImageProcessor().postprocess(vae.decode(one).sample)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or vae.use_tiling:
+                raise
+        logger.warning("Decoding a whole picture takes more memory than is free: it is decoded in tiles")
+        vae.enable_tiling()
+        release_memory()  # outside of the handler, where the error no longer holds tensors
     return pictures
 
 
@@ -1455,9 +1466,7 @@ class Float8Linear(torch.nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         weight, config = linear.weight.detach().to(device), float8_training_tensor.LinearMMConfig()
         weight = float8_scaling_utils.hp_tensor_to_float8_dynamic(weight, torch.float8_e4m3fn, config)
-        self.weight = torch.nn.Parameter(
-            weight._data.view(torch.uint8), requires_grad=False
-        )  # bytes: all can send them
+        self.weight = torch.nn.Parameter(weight._data.view(torch.uint8), requires_grad=False)  # all can send bytes
         self.register_buffer("scale", weight._scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1625,9 +1634,8 @@ def find_lora_file(path: str, cache_dir: str | None) -> Path:
     if not os.path.exists(path):
         if len(parts) == 1 or parts[0] in ("", ".", ".."):
             raise UserError("there is no such file")
-        root = snapshot_download(
-            "/".join(parts[:2]), allow_patterns=parts[2:] or ["*.safetensors"], cache_dir=cache_dir
-        )
+        wanted = parts[2:] or ["*.safetensors"]
+        root = snapshot_download("/".join(parts[:2]), allow_patterns=wanted, cache_dir=cache_dir)
         path = os.path.join(root, *parts[2:])
     files = sorted(Path(path).rglob("*.safetensors")) if os.path.isdir(path) else [Path(path)]
     files = [file for file in files if file == Path(path, LORA_FILE)] or files
@@ -1645,17 +1653,19 @@ def read_lora(path: Path, linear: Linear) -> tuple[State, float | None]:
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path} is broken: its {broken[0]} has infinite numbers, or NaN")
     saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
-    alphas = {tensors.pop(name).item() for name in [*tensors] if name.endswith(".alpha")}
+    alphas = {tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")}
     alphas = alphas or {saved.get("transformer.lora_alpha")}
-    if len(alphas) > 1 or saved.get("transformer.alpha_pattern") or saved.get("transformer.use_rslora"):
+    if saved.get("transformer.alpha_pattern") or saved.get("transformer.use_rslora"):
         raise UserError(f"{path} has several alphas, or rank-stabilised ones: give one that has one alpha")
+    if len(alphas) == 1:  # diffusers folds those of single modules into the matrices
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
     state = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(tensors).items()}
     for module in sorted({name.rpartition(".lora_")[0] for name in state}):
         down, up = (state.get(f"{module}.lora_{side}.weight", torch.empty(0, 0)) for side in "AB")
         shape, wanted = (*down.shape[1:], *up.shape[:1]), linear.get(module, "in this one")
         if shape != wanted or down.shape[:1] != up.shape[1:]:
             raise UserError(f"{path} is a LoRA of another model: its {module} is {shape}, not {wanted}")
-    return state, alphas.pop()
+    return state, alphas.pop() if len(alphas) == 1 else None
 
 
 def read_base_adapter(args: argparse.Namespace, linear: Linear) -> State:
@@ -2209,8 +2219,8 @@ Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed,
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N` that have a manifest, newest first: any other is the user's."""
-    folders = [manifest.parent for manifest in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")]
-    numbered = [path for path in folders if path.name[11:].isdecimal()]
+    manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")
+    numbered = [file.parent for file in manifests if file.parent.name[11:].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name[11:]), reverse=True)
 
 
@@ -2233,8 +2243,7 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint}
         manifest["files"] = {path.name: digest_of(path.read_bytes()) for path in sorted(part.iterdir())}
         manifest["trackers"] = {t.name: t.run.id for t in run.accelerator.trackers if t.name == "wandb"}
-        signed = {"digest": digest_of(json.dumps(manifest))} | manifest
-        (part / MANIFEST).write_text(json.dumps(signed, indent=1))
+        (part / MANIFEST).write_text(json.dumps({"digest": digest_of(json.dumps(manifest))} | manifest, indent=1))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in list_checkpoints(output_dir):
@@ -2374,7 +2383,8 @@ $rows</table>
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
     """Write `index.html` and, of the last 20 validations, `contact-sheet.png`: steps down, prompts across."""
     pictures = output.record.get("pictures", {}).items()
-    pictures = sorted((p["order"], name, p) for name, p in pictures if p["order"][0] <= last_step)
+    there = (entry for entry in pictures if (output.path / f"samples/{entry[0]}.png").is_file())
+    pictures = sorted((p["order"], name, p) for name, p in there if p["order"][0] <= last_step)
     columns, firsts = dict.fromkeys(picture["column"] for *_, picture in pictures), {}
     rows = "<tr><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>\n"
     for row, shown in itertools.groupby(pictures, lambda entry: entry[2]["row"]):
@@ -2452,6 +2462,8 @@ class Validation:
         numbers = range(args.num_validation_images)
         seeds = [run.seed if drawing.seed is None else drawing.seed for drawing in prompts]
         drawings = [dataclasses.replace(d, seed=s + n) for d, s in zip(prompts, seeds, strict=True) for n in numbers]
+        if args.ema_decay:
+            logger.info(f"step {state.step}: the weights that are validated are averaged, see --ema_decay")
         with state.averaged():
             if "held-out" in self.data.plan.examples:
                 with eval_mode(state.transformer):
@@ -2684,10 +2696,9 @@ def count_memory(plan: TrainingPlan, run: Run, training_alone: bool = False) -> 
     """{stage: highest number of bytes of its tensors on the device}, each stage's models being freed before the next.
 
     Of one step and of one picture of the real modules, so that every flag is in it. Workspaces of libraries are not,
-    nor is what the allocator cannot use for want of a piece that is large enough.
+    nor is what the allocator cannot use for want of a piece that is large enough. Modes and random states stay.
     """
     fake, counted = counted_run(run), {}
-    # Other modes, and random states, stay as they are
     with torch.random.fork_rng(devices=[]), _disable_current_modes(), MemoryCounter() as counter:
         before = [] if training_alone else encoding_stages(plan, run, fake, counter)
         for stage in itertools.chain(before, training_stages(plan, run, fake, counter)):
@@ -2757,11 +2768,6 @@ def choose_fraction(plan: TrainingPlan, run: Run) -> float:
     number = max(gather_object([number]))  # the same in all processes
     logger.info(f"--gradient_checkpointing auto: {number} of {blocks} blocks are recomputed")
     return (number + 0.01) / blocks
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: the libraries of CUDA raise RuntimeErrors of their own for it."""
-    return isinstance(error, (MemoryError, RuntimeError)) and bool(OUT_OF_MEMORY.search(f"{type(error)} {error}"))
 
 
 @contextlib.contextmanager
@@ -2938,7 +2944,7 @@ def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) ->
 
 
 def check_folders(examples: Examples, args: argparse.Namespace) -> None:
-    """Raises UserError where the run would write into a folder that it reads."""
+    """Raises UserError where the run would write into a folder that it reads, or choose by what it trains on."""
     for kind, kind_examples in examples.items():
         read = {getattr(args, PICTURE_FLAGS[kind]) or args.dataset_name}
         read |= {e.source.parent for e in kind_examples if isinstance(e.source, Path)}
@@ -2946,15 +2952,20 @@ def check_folders(examples: Examples, args: argparse.Namespace) -> None:
             written = os.path.realpath(getattr(args, flag) or os.devnull)
             if flag != PICTURE_FLAGS[kind] and written in map(os.path.realpath, read):
                 raise UserError(f"--{flag} {written} holds {kind} pictures, and is written to: choose another folder")
+    held_out = {digest_of(read_bytes(e.source)): e.name for e in examples.get("held-out", [])}
+    others = [e for kind in examples for e in examples[kind] if kind != "held-out" and held_out]
+    if trained := {held_out.get(digest_of(read_bytes(e.source))) for e in others} - {None}:
+        text = f"these pictures of --validation_data_dir are trained on: {listed(sorted(trained))}"
+        if args.save_best:
+            raise UserError(f"--save_best: {text}; remove them")
+        logger.warning(f"The held-out loss means little, {text}")
 
 
 def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draws_class_images: bool) -> None:
     """Make the folders that the run writes into, and clear what earlier runs left in the way. Raises UserError."""
     folders = {"output_dir": args.output_dir, "encoding_cache_dir": args.encoding_cache_dir}
     folders["class_data_dir"] = args.class_data_dir if draws_class_images else None
-    for flag, folder in folders.items():
-        if not folder:
-            continue
+    for flag, folder in [(flag, folder) for flag, folder in folders.items() if folder]:
         # What could fail hours later: a file by its longest name, which is renamed, and read by mmap
         with user_errors(f"--{flag} {str(folder)[:500]!r} cannot be written", OSError, SafetensorError, ValueError):
             str(folder).encode()  # JSON and the card could not name another
@@ -3001,15 +3012,11 @@ def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -
     trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
     prompts = [drawing.prompt for drawing in args.final_validation_prompt] + [trigger or "a photo"]
     on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
-    data = ModelCardData(
-        library_name="diffusers",
-        license="apache-2.0",
-        base_model=on_hub or None,
-        instance_prompt=trigger or None,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"],
-        widget=gallery or None,
-    )
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"]
+    about = {"library_name": "diffusers", "license": "apache-2.0", "base_model": on_hub or None, "tags": tags}
+    data = ModelCardData(**about, instance_prompt=trigger or None, widget=gallery or None)
     own = drawing_of("", args, own=True)
+    (height, width), steps, guidance = own.size, own.steps, own.guidance
     text = f"""---
 {data.to_yaml()}
 ---
@@ -3027,12 +3034,11 @@ from diffusers import ZImagePipeline
 
 pipe = ZImagePipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights({repository!r})
-image = pipe({prompts[0]!r}, num_inference_steps={own.steps}, guidance_scale={own.guidance}).images[0]
+image = pipe({prompts[0]!r}, {height=}, {width=}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```
 
 For ComfyUI, put the file in `comfyui/` into its folder `models/loras` and load it with the node `LoraLoaderModelOnly`.
-
-Trained with these flags:
+The LoRA was trained with these flags:
 
 ```json
 {json.dumps(loggable(run), indent=1, ensure_ascii=False)}
@@ -3156,6 +3162,8 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                 metrics["epoch"] = plan.samples_seen(step) / plan.samples_per_epoch
                 if accelerator.device.type == "cuda":
                     metrics["memory_gib"] = torch.cuda.max_memory_reserved() / GIB
+                    if WINDOWS and metrics["memory_gib"] * GIB > torch.cuda.mem_get_info()[1]:
+                        error_once("The card is full, and Windows goes on in slow host memory: see --dry_run's flags")
                 with optional("--report_to"):
                     accelerator.log(metrics, step=step)
                 if math.isfinite(loss):
@@ -3234,9 +3242,8 @@ def main(args: argparse.Namespace) -> None:
         state = load_training_state(plan, checkpoint, run)
         validation = Validation(state, data, stop, run)
         validation.write_page()
-        page = Path(args.output_dir, "samples", "index.html")
-        if page.is_file():
-            logger.info(f"The pictures are shown in {page}")
+        if args.validation_prompt or args.final_validation_prompt:
+            logger.info(f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}")
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
         finished = train(state, validation, fingerprint, run)

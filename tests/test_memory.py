@@ -297,14 +297,21 @@ def test_another_error_in_a_stage_stays_what_it_is(tiny_model):
         raise RuntimeError("shapes")
 
 
-def test_a_picture_beyond_1024_pixels_is_decoded_in_tiles(tiny_model, monkeypatch):
-    run, heights = make_run(tiny_model), []
-    vae = trainer.load_vae(run)
-    vae.decoder.register_forward_pre_hook(lambda module, inputs: heights.append(inputs[0].shape[2]))
-    monkeypatch.setattr(trainer, "load_vae", lambda run: vae)
-    latents = [torch.zeros(run.pipeline.latent_shape((side, 64))) for side in (1024, 1040)]
-    assert [picture.size for picture in trainer.decode_latents(latents, run)] == [(64, 1024), (64, 1040)]
-    assert heights == [128, 128, 34]
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas"])
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles_once(error, tiny_model, monkeypatch, caplog):
+    run, decode, tiled = make_run(tiny_model), trainer.AutoencoderKL.decode, []
+
+    def fail_whole(vae, latents, **options):
+        tiled.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise error
+        return decode(vae, latents, **options)
+
+    monkeypatch.setattr(trainer.AutoencoderKL, "decode", fail_whole)
+    latents = [torch.zeros(run.pipeline.latent_shape((64, 48)))] * 2
+    assert [picture.size for picture in trainer.decode_latents(latents, run)] == [(48, 64)] * 2
+    assert tiled == [False, True, True]
+    assert sum("decoded in tiles" in message for message in caplog.messages) == 1
 
 
 def test_a_plan_for_a_card_that_is_not_here_is_a_dry_run(tiny_model):

@@ -117,6 +117,13 @@ def with_exif(block, kind):
     return file.getvalue()
 
 
+def test_a_picture_is_upright_that_says_so_in_xmp_alone(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    stored = Image.fromarray(np.ascontiguousarray(upright().swapaxes(0, 1)[::-1]))
+    stored.save(tmp_path / "a.jpg", quality=100, subsampling=0, xmp=xmp)
+    assert trainer.decode_image("a", tmp_path / "a.jpg").size == (32, 48)
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the blocks
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("block", TURNED.values(), ids=TURNED)
@@ -455,6 +462,19 @@ def test_nothing_is_written_into_a_folder_of_pictures(kind, flag, tmp_path):
     assert f"--{flag}" in message and kind in message
 
 
+def test_held_out_pictures_that_are_trained_on_are_named_and_save_best_refuses_them(tmp_path, caplog):
+    for name, color in (("a", "red"), ("b", "lime")):
+        paint(tmp_path / "dog" / f"{name}.png", color)
+    shutil.copy(paint(tmp_path / "held-out" / "c.png", "blue"), tmp_path / "held-out" / "d.png")
+    flags = {"validation_data_dir": tmp_path / "held-out"}
+    assert check(tmp_path / "dog", save_best=True, **flags) is None and not caplog.messages
+    shutil.copy(tmp_path / "dog" / "a.png", tmp_path / "held-out" / "copy.png")
+    assert check(tmp_path / "dog", **flags) is None
+    assert "copy.png" in caplog.text and "c.png" not in caplog.text
+    message = check(tmp_path / "dog", save_best=True, **flags)
+    assert "--save_best" in message and "copy.png" in message
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,7 +541,7 @@ def test_a_mask_becomes_the_mean_over_each_latent(tiny_model):
     assert torch.equal(latents[:, :16], trainer.encode_images(vae, pixels[:, :3], run))
 
 
-@pytest.mark.parametrize("name", ["a-masklabel.png", "a-masklabel.PNG"])
+@pytest.mark.parametrize("name", ["a-masklabel.png", "a-masklabel.PNG", "a-MASKLABEL.PNG"])
 def test_a_mask_may_be_a_file_of_another_size(name, tmp_path):
     paint(tmp_path / "a.jpg", size=(64, 64))
     mask = Image.new("L", (16, 16))

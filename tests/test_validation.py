@@ -558,10 +558,11 @@ def test_pictures_of_steps_that_are_still_to_come_again_are_not_on_the_page(tmp_
     assert len(thumbnails(tmp_path / "samples" / "contact-sheet.png")) == 3
 
 
-def test_pictures_of_others_are_not_on_the_page(tmp_path):
-    draw_gallery(tmp_path, [DOG], [0])
+def test_pictures_of_others_and_those_that_are_gone_are_not_on_the_page(tmp_path):
+    draw_gallery(tmp_path, [DOG], [0, 1])
     for name in ("step-000003-prompt-0-image-0", "my-prompt-idea"):
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "samples" / f"{name}.png")
+    (tmp_path / "samples" / "step-000001-prompt-0-image-0.png").unlink()
     trainer.write_gallery(trainer.OutputFolder(tmp_path), 9, "now", running=True)
     assert list(Page(tmp_path).links) == [(0, 0)]
 
