@@ -1015,7 +1015,7 @@ def component_identity(path: str, component: str, variant: str | None, file: Pat
             for place in range(16):
                 weights.seek(max(0, size - 2**16) * place // 15)  # evenly spaced
                 digest.update(weights.read(2**16))
-    config = json.loads(read_text(folder / "config.json"))  # which also says where it comes from
+    config = json.loads((folder / "config.json").read_bytes())  # which also says where it comes from
     settings = [item for item in config.items() if not item[0].endswith(("name_or_path", "_version"))]
     digest.update(repr((sorted(settings), variant)).encode())
     return digest.hexdigest() if files else None
