@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
+from safetensors.torch import save_file
 
 import train_dreambooth_lora_z_image as trainer
 from flags import WITHOUT_EFFECT
@@ -31,10 +32,10 @@ def uncounted(monkeypatch):
 
 @pytest.fixture(scope="session")
 def model_without_weights(tiny_model, tmp_path_factory):
-    """A pipeline folder whose weight files are empty: its configuration can be read, loading a model fails."""
+    """A pipeline folder whose weight files hold no tensor: its configuration can be read, loading a model fails."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "no-weights")
     for path in folder.rglob("*.safetensors"):
-        path.write_bytes(b"")
+        save_file({}, path)
     return folder
 
 
