@@ -1164,7 +1164,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             torch.distributed.init_process_group(f"{gpu.type}:{backend},cpu:gloo", timeout=PROCESS_TIMEOUT)
     trackers = [name.strip() for name in args.report_to.split(",")] if args.report_to != "none" else []
     for name in {*trackers} - {"all", *map(str, get_available_trackers())}:
-        raise UserError(f"--report_to {name} is unknown: pip install {name}, or {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        raise UserError(f"--report_to {name} is unknown (pip install {name}), take {', '.join(LOGGER_TYPE_TO_CLASS)}")
     with user_errors(f"--mixed_precision {precision or launcher_precision}, or the launcher's config or variables"):
         accelerator = Accelerator(
             mixed_precision=precision,
