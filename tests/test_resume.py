@@ -144,8 +144,18 @@ def test_a_run_resumed_amid_an_epoch_and_at_its_edge_ends_in_the_same_bits(
         assert bit_identical(out, tmp_path / "whole"), f"resumed after update {step}"
 
 
-def test_a_resumed_run_remembers_every_held_out_loss(tiny_model, photos, classes, tmp_path, fork):
-    flags = {**SHORT, "validation_data_dir": classes, "validation_epochs": 1, "train_batch_size": 6, "save_best": True}
+def test_a_resumed_run_remembers_every_held_out_loss(tiny_model, photos, tmp_path, fork):
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.move(path, held_out)
+    flags = {
+        **SHORT,
+        "validation_data_dir": held_out,
+        "validation_epochs": 1,
+        "train_batch_size": 6,
+        "save_best": True,
+    }
     whole = fork(train_args(tiny_model, photos, tmp_path / "whole", **flags))
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
     shutil.copytree(tmp_path / "whole" / "best", tmp_path / "out" / "best")
