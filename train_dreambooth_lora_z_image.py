@@ -1453,11 +1453,9 @@ def check_precision(run: Run) -> None:
 
 
 class Float8Linear(torch.nn.Linear):
-    """A frozen linear layer without bias, its weight quantized once, by torchao's float8 products in both passes.
+    """A frozen linear layer without bias, its weight quantized once, by torchao's float8 products in both passes."""
 
-    Each tensor has one scale: one for each token was no more exact (cosine of the gradient to bf16 0.998), and slower.
-    """
-
+    # One scale for each tensor: one for each token is no more exact (cosine of the gradient to bf16 0.998), and slower
     compute_dtype = torch.float32  # PEFT makes adapters in this type
 
     def __init__(self, linear: torch.nn.Linear, device: torch.device) -> None:
@@ -2219,8 +2217,7 @@ Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed,
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N` that have a manifest, newest first: any other is the user's."""
-    manifests = Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")
-    numbered = [file.parent for file in manifests if file.parent.name[11:].isdecimal()]
+    numbered = [m.parent for m in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if m.parent.name[11:].isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name[11:]), reverse=True)
 
 
@@ -2448,7 +2445,8 @@ class Validation:
                     with optional("Drawing a picture"):
                         model = model or with_same_lora(transformer, drawing_run)
                         (drawn[n],) = draw_latents(model, drawings[n], [drawings[n].seed], embeds, drawing_run)
-            del model  # before the VAE comes
+            del model
+            release_memory()  # before the VAE comes, and the transformer again: layers of bitsandbytes are in cycles
             with optional("Decoding the pictures"):
                 images = decode_latents(list(drawn.values()), run)
         release_memory()
@@ -2773,14 +2771,16 @@ def choose_fraction(plan: TrainingPlan, run: Run) -> float:
 @contextlib.contextmanager
 def out_of_memory_said(stage: str, counted: dict[str, float], plan: TrainingPlan, run: Run) -> Iterator[None]:
     """Raises TrainingError where a stage runs out of memory: what was planned and free, and what flags would fit."""
-    room, device = room_for_tensors(run), run.accelerator.device
+    room, device, cause = room_for_tensors(run), run.accelerator.device, ""
     try:
-        return (yield)
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         cause = first_line(error)
     release_memory()  # of the stage; outside of the handler, where the error no longer holds tensors
+    if not cause:
+        return
     text = f"{counted[stage] / GIB:.1f} GiB were planned, " if stage in counted else ""
     text += f"{room / GIB:.1f} were free for tensors when it began"
     if device.type == "cuda":

@@ -1,7 +1,9 @@
 """What the plan says about memory is what training then takes: weights, adapter, optimizer, activations."""
 
 import dataclasses
+import gc
 import itertools
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,6 +289,18 @@ def test_a_stage_that_runs_out_of_memory_says_what_was_planned_and_what_would_fi
         trainer.out_of_memory_said("training", {"training": 3 * 2**30}, make_plan(run), run),
     ):
         raise error
+
+
+def test_a_stage_leaves_no_model_behind_that_is_in_a_cycle(tiny_model):
+    gc.disable()
+    try:
+        with trainer.out_of_memory_said("VAE", {}, None, make_run(tiny_model)):
+            model = torch.nn.Linear(1, 1)
+            model.weight.module, model = model, weakref.ref(model)  # as in layers of bitsandbytes
+            assert model() is not None
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_another_error_in_a_stage_stays_what_it_is(tiny_model):
