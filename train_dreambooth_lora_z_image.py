@@ -1133,7 +1133,7 @@ def validation_pipeline(run: Run) -> PipelineInfo:
         return run.pipeline
     if Path(name).is_file() or name.endswith(".safetensors"):
         return dataclasses.replace(run.pipeline, transformer_file=Path(name))
-    with user_errors("--validation_model_path", UserError, OSError, ValueError):
+    with user_errors(f"--validation_model_path {name}", UserError, OSError, ValueError):
         where = {"cache_dir": run.args.cache_dir, "allow_patterns": ["transformer/*", "scheduler/*"]}
         path = name if Path(name).is_dir() else snapshot_download(name, **where)
         parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")}

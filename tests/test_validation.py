@@ -425,7 +425,7 @@ def test_a_picture_is_drawn_as_its_line_says_and_the_page_and_the_log_say_it(
 def test_a_size_beyond_the_model_is_named_before_anything_is_loaded(tiny_model, shared_photos, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a dog --w 100000\n", encoding="utf-8")
-    with pytest.raises(trainer.UserError, match="--validation_prompt: this model draws at most"):
+    with pytest.raises(trainer.UserError, match="--validation_prompt: at most"):
         train(tiny_model, shared_photos, tmp_path / "out", dry_run=True, prompts=[file])
 
 
