@@ -207,7 +207,7 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
     """[(where it stands, row)] of a JSON Lines file, or of a CSV file with a header. Raises UserError."""
     text, rows = read_text(path), []
     if path.suffix == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
         with user_errors(f"{path} is not CSV", csv.Error):
             return [(f"{path}, line {table.line_num}", row) for row in table]
     for number, line in enumerate(text.split("\n"), 1):
@@ -1651,8 +1651,7 @@ def read_lora(path: Path, linear: Linear) -> tuple[State, float | None]:
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path} is broken: its {broken[0]} has infinite numbers, or NaN")
     saved = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))  # diffusers' own
-    alphas = {tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")}
-    alphas = alphas or {saved.get("transformer.lora_alpha")}
+    alphas = {t.item() for n, t in tensors.items() if n.endswith(".alpha")} or {saved.get("transformer.lora_alpha")}
     if saved.get("transformer.alpha_pattern") or saved.get("transformer.use_rslora"):
         raise UserError(f"{path} has several alphas, or rank-stabilised ones: give one that has one alpha")
     if len(alphas) == 1:  # diffusers folds those of single modules into the matrices
@@ -2330,7 +2329,7 @@ def save_pictures(
 ) -> list[dict[str, Any]]:
     """Save pictures, note for the page what it says of each, and send them to the trackers; returns the card's."""
     output, number_of_each, gallery = OutputFolder(run.args.output_dir), run.args.num_validation_images, []
-    row = f"step&nbsp;{step}" + ("" if held_out is None else f"<br>held-out loss&nbsp;{held_out:.4f}")
+    shown = dict(output.record.get("pictures", {}))
     for n, (image, drawing) in enumerate(zip(images, drawings, strict=True)):
         prompt, number = divmod(n, number_of_each)
         name = f"{kind}-{step:06d}-prompt-{prompt}-image-{number}"
@@ -2338,12 +2337,7 @@ def save_pictures(
             ImageOps.contain(image, (256, 256)).save(part, quality=90)
         with output.writing(f"samples/{name}.png") as part:
             image.save(part)
-        settings = f"{image.width} x {image.height}, guidance {drawing.guidance:g}, {drawing.steps} steps"
-        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
-        column = f'<p dir="auto">{escape(drawing.prompt)}</p><small>{escape(settings)}</small>'
-        link = f'<a href="{name}.png"><img src="thumbnails/{name}.jpg" alt=""><small>seed {drawing.seed}</small></a>'
-        shown = {"order": [step, prompt, number], "row": row, "column": column, "link": link}
-        output.update(pictures=output.record.get("pictures", {}) | {name: shown})
+        shown[name] = {"order": [step, prompt, number], "held_out": held_out, "drawing": vars(drawing)}
         gallery.append({"text": drawing.prompt, "output": {"url": f"samples/{name}.png"}})
         if number == 0:
             picture = np.hstack(images[n : n + number_of_each])
@@ -2352,6 +2346,7 @@ def save_pictures(
                 value = [picture] if tracker.name in ("wandb", "swanlab") else picture
                 if hasattr(tracker, "log_images"):  # not all of accelerate's have it
                     tracker.log_images({f"validation/prompt-{prompt}": value}, step=step, **options)
+    output.update(pictures=shown)
     return gallery
 
 
@@ -2379,18 +2374,23 @@ $rows</table>
 
 def write_gallery(output: OutputFolder, last_step: int, status: str, running: bool) -> None:
     """Write `index.html` and, of the last 20 validations, `contact-sheet.png`: steps down, prompts across."""
-    pictures = output.record.get("pictures", {}).items()
-    there = (entry for entry in pictures if (output.path / f"samples/{entry[0]}.png").is_file())
-    pictures = sorted((p["order"], name, p) for name, p in there if p["order"][0] <= last_step)
-    columns, firsts = dict.fromkeys(picture["column"] for *_, picture in pictures), {}
+    pictures, cells, firsts = output.record.get("pictures", {}), defaultdict(str), {}
+    for name, picture in sorted(pictures.items(), key=lambda item: item[1]["order"]):
+        step, held_out, drawing = picture["order"][0], picture["held_out"], Drawing(**picture["drawing"])
+        if step > last_step or not (output.path / f"samples/{name}.png").is_file():
+            continue
+        row = f"step&nbsp;{step}" + ("" if held_out is None else f"<br>held-out loss&nbsp;{held_out:.4f}")
+        settings = f"{drawing.size[1]} x {drawing.size[0]}, guidance {drawing.guidance:g}, {drawing.steps} steps"
+        settings += f", not: {drawing.negative_prompt}" if drawing.negative_prompt else ""
+        column = f'<p dir="auto">{escape(drawing.prompt)}</p><small>{escape(settings)}</small>'
+        image = f'<img src="thumbnails/{name}.jpg" alt=""><small>seed {drawing.seed}</small>'
+        cells[row, column] += f'<a href="{name}.png">{image}</a>'
+        if name.startswith("step"):  # by --validation_prompt
+            firsts.setdefault((row, column), name)
+    columns = dict.fromkeys(column for _, column in cells)
     rows = "<tr><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>\n"
-    for row, shown in itertools.groupby(pictures, lambda entry: entry[2]["row"]):
-        cells = dict.fromkeys(columns, "")
-        for _, name, picture in shown:
-            cells[picture["column"]] += picture["link"]
-            if name.startswith("step"):  # by --validation_prompt
-                firsts.setdefault((row, picture["column"]), name)
-        rows += f"<tr><th>{row}</th>" + "".join(f"<td><div>{cell}</div></td>" for cell in cells.values()) + "</tr>\n"
+    for row in dict.fromkeys(row for row, _ in cells):
+        rows += f"<tr><th>{row}</th>" + "".join(f"<td><div>{cells[row, c]}</div></td>" for c in columns) + "</tr>\n"
     refresh = '<meta http-equiv="refresh" content="30">' if running else ""
     page = PAGE.substitute(title=escape(output.path.absolute().name), status=status, refresh=refresh, rows=rows)
     with output.writing("samples/index.html") as part:

@@ -98,7 +98,10 @@ TESTED = {
     "guidance_scale": (5.0, "validation::guidance_changes_the_pictures_and_zero_is_none"),
     "validation_num_inference_steps": (None, "training::validation_pictures_do_not_change_the_weights"),
     "validation_model_path": (None, "validation::a_validation_model_that_does_not_exist_is_named_before_training"),
-    "validation_data_dir": (None, "resume::a_resumed_run_remembers_every_held_out_loss"),
+    "validation_data_dir": (
+        None,
+        "validation::at_step_0_the_held_out_loss_is_the_base_models_and_then_it_moves_alone",
+    ),
     "save_best": (False, "validation::save_best_keeps_the_lora_of_the_lowest_held_out_loss"),
     # Output
     "output_dir": ("z-image-dreambooth-lora", "machines::a_folder_of_a_very_long_name_works"),

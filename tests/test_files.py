@@ -570,7 +570,8 @@ def averaged(tiny_model, shared_photos, tmp_path_factory):
 
 
 def test_the_averaged_weights_are_what_is_validated_and_saved(averaged):
-    out, _ = averaged[0]
+    out, output = averaged[0]
+    assert "the weights that are validated are averaged" in output
     own = [lora_tensors(out / f"checkpoint-{step}") for step in range(1, 5)]
     weights = torch.tensor([0.0625, 0.125, 0.25, 0.5])
     for name, saved in lora_tensors(out).items():

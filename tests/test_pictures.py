@@ -251,6 +251,8 @@ def test_metadata_csv_is_read_as_the_data_sets_library_writes_it(tmp_path):
     text = '\ufefffile_name,text\r\na.jpg,"a dog, ""running"""\r\nmore/b.jpg,"two\nlines"\r\n'
     (tmp_path / "metadata.csv").write_text(text, encoding="utf-8", newline="")
     assert captions(tmp_path) == {"a.jpg": 'a dog, "running"', "b.jpg": "two\nlines"}
+    (tmp_path / "metadata.csv").write_text('file_name, text\na.jpg, "one, two"\n', encoding="utf-8")  # by hand
+    assert captions(tmp_path, instance_prompt="x")["a.jpg"] == "one, two"
 
 
 @pytest.mark.parametrize(
