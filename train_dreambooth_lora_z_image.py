@@ -98,7 +98,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
@@ -389,13 +389,6 @@ def release_memory() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser whose errors are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def read_arguments(path: Path) -> list[str]:
     """The words of an `@file`, in which a word that begins with # begins a comment. Raises UserError."""
     words = []
@@ -444,8 +437,11 @@ def bucket_list(text: str) -> list[Size]:
     return [(of_16(h), of_16(w)) for h, w in (pair.split(",") for pair in text.strip("; ").split(";"))]
 
 
-def build_parser() -> OneLineErrorParser:
-    """The command line: every flag, in groups by topic."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: every flag, in groups by topic. Its mistakes are UserErrors."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(message)
 
     def add(usage: str, text: str, **options: Any) -> None:
         """A flag of the group: "--name METAVAR" or "--name {a,b}" with help and options; with neither, a switch."""
@@ -460,7 +456,8 @@ def build_parser() -> OneLineErrorParser:
 
     # fmt: off
     text = "Teach Z-Image a subject, a character or a style, as a LoRA. @FILE: a file of flags; # begins a comment."
-    parser = OneLineErrorParser(prog="train_dreambooth_lora_z_image.py", description=text)
+    parser = argparse.ArgumentParser(prog="train_dreambooth_lora_z_image.py", description=text)
+    parser.error = error
     parser.register("type", None, os.path.expanduser)  # of texts: shells do that in `--flag ~/x` alone
 
     group = parser.add_argument_group("Model and precision")
@@ -964,12 +961,6 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
     return examples
 
 
-def load_all_examples(args: argparse.Namespace) -> Examples:
-    """The pictures of every kind that the flags ask for. Raises UserError."""
-    kinds = {"instance": True, "class": args.with_prior_preservation, "held-out": args.validation_data_dir}
-    return {kind: load_examples(kind, args) for kind in kinds if kinds[kind]}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1140,11 +1131,6 @@ def validation_pipeline(run: Run) -> PipelineInfo:
         return dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None, **parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
     for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_PREFIXES)]:
@@ -1234,14 +1220,6 @@ def with_progress(
                 next_line, pace = now + 10, (now - started) / (number - done)
                 left = pace * (total - number) / 60
                 logger.info(f"{what} {number}/{total}: {pace:.2f} s each, {left:.0f} min left {bar.postfix}")
-
-
-def choose_seed(args: argparse.Namespace, saved_seed: int | None) -> int:
-    """`--seed`, or that of the run that goes on, or one drawn once for all processes."""
-    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
-    if args.seed is None and saved_seed is None:
-        logger.info(f"--seed was not given: drew {drawn}")
-    return next(seed for seed in (args.seed, saved_seed, drawn) if seed is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1501,14 +1479,15 @@ def transformer_blocks(transformer: ZImageTransformer2DModel) -> list[torch.nn.M
 
 def checkpoint_blocks(transformer: ZImageTransformer2DModel, run: Run) -> None:
     """Have a fraction of the blocks, spread over the depth, keep only their inputs until the backward pass."""
-    fraction, blocks = run.checkpointed_fraction, enumerate(transformer_blocks(transformer))
-    recomputed = {block for n, block in blocks if int((n + 1) * fraction) > int(n * fraction)}
+    fraction = run.checkpointed_fraction
+    for number, block in enumerate(transformer_blocks(transformer)):
+        block.recomputed = int((number + 1) * fraction) > int(number * fraction)
     # Reentrant ones build no graph in the forward pass, which is faster; FSDP's hooks want that graph.
     options = {"use_reentrant": not run.sharded, "preserve_rng_state": run.args.lora_dropout > 0}
 
     def run_block(block: torch.nn.Module, hidden_states: Tensor, *inputs: Any) -> Tensor:
         learns = hidden_states.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
-        if block not in recomputed or not learns:  # the backward pass ends at the first block that has a LoRA
+        if not block.recomputed or not learns:  # the backward pass ends at the first block that has a LoRA
             return block(hidden_states, *inputs)
         hidden_states.requires_grad_()  # those of the first block too, or it would have no backward pass
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=hidden_states.is_cuda)
@@ -1615,7 +1594,6 @@ def resolve_lora_layers(names: str, linear: Linear) -> dict[str, dict[str, int]]
         for other, ours in OTHER_NAMES.items():
             if f".{name}".endswith(f".{other}"):
                 meant = [name.removesuffix(other) + layer for layer in ours]
-                logger.info(f"--lora_layers: {name} is {' and '.join(meant)} in this model")
         pattern = "|".join(re.sub(r"\\\.(?!\d)", r"\\.(?:.+\\.)?", re.escape(one)) for one in meant)
         found = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
         targets[name] = {path: sum(sizes) for path, sizes in linear.items() if found.search(path)}
@@ -2172,15 +2150,11 @@ class TrainingState:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The LoRA with the moving average of its weights, where `--ema_decay` asks for that; afterwards as before."""
-        own = [parameter.data for parameter in self.parameters]
-        if self.ema_decay and self.step:
-            for parameter, average in zip(self.parameters, self.average, strict=True):
+        with contextlib.ExitStack() as restored:
+            for parameter, average in zip(self.parameters, self.average) if self.step else ():
+                restored.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = average / (1 - self.ema_decay**self.step)  # as if the zeros were not there
-        try:
             yield
-        finally:
-            for parameter, data in zip(self.parameters, own, strict=True):
-                parameter.data = data
 
     def save(self, folder: Path) -> None:
         """Write the LoRA in float32 and `training_state.pt`: tensors and plain values, by names of torch's own."""
@@ -2498,8 +2472,7 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Memory is counted on fake tensors, which have shapes and no numbers. This other name of the CPU stands for the device
-# of the run, and tells it from the host in every operation.
+# The run's device, among fake tensors, which have shapes and no numbers: another name of the CPU, that is the host
 COUNTED = torch.device("cpu:0")
 
 
@@ -2536,21 +2509,48 @@ class MemoryCounter(FakeTensorMode):
         self.live -= size
 
 
-def quantize_as_on_gpu(layer: torch.nn.Module, weight: torch.nn.Parameter) -> None:
-    """What bitsandbytes makes of a layer as it moves to a GPU; `weight`, on the meta device, has the settings."""
+def compute_ends(blocks: Sequence[torch.nn.Module]) -> None:
+    """Have only the first and the last block of each kind compute: between them memory grows or shrinks evenly."""
+    kinds, computing, kept = {}, set(), {}
+
+    def run_block(block: torch.nn.Module, forward: Callable, x: Tensor, *inputs: Any, **more: Any) -> Tensor:
+        for other in blocks if not kinds else ():  # now that they are quantized and have their LoRA
+            tensors = [(name, p.shape, p.dtype, p.requires_grad) for name, p in other.named_parameters()]
+            kinds[other] = (getattr(other, "recomputed", None), *tensors)
+        computing.update({kinds[b]: b for b in blocks}.values(), {kinds[b]: b for b in blocks[::-1]}.values())
+        key = (kinds[block], x.shape, x.requires_grad, torch.is_grad_enabled())
+        if block in computing or key not in kept:
+            computing.add(block)  # in the backward pass too
+            counter = _get_current_dispatch_mode()
+            before = counter.live
+            output = forward(x, *inputs, **more)
+            kept[key] = max(0, counter.live - before - output.nbytes)
+            return output
+        ballast = x.new_empty(kept[key], dtype=torch.uint8)
+        scale = sum((p.sum() for p in block.parameters() if p.requires_grad), x.new_ones(()))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, x, ballast), operator.itemgetter(0)):
+            return x * scale  # for whose backward pass the ballast is kept
+
+    for block in blocks:
+        block.forward = functools.partial(run_block, block, block.forward)
+
+
+def quantize_as_on_gpu(weights: dict[torch.nn.Module, Parameter]) -> None:
+    """What bitsandbytes makes of layers as they move to a GPU; `weights`, on the meta device, have the settings."""
     import bitsandbytes as bnb
 
-    data = torch.empty(weight.shape, dtype=weight.dtype, device=COUNTED)
-    if isinstance(layer, bnb.nn.Linear4bit):
-        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        data, state = bnb.functional.quantize_4bit(data, **{name: getattr(weight, name) for name in names})
-        layer.quant_state, more = state, {"quant_state": state, "bnb_quantized": True}
-    else:
-        data, scales, _ = bnb.functional.int8_vectorwise_quant(data.half())
-        layer.state.threshold, more = 0.0, {"CB": data, "SCB": scales}  # as if there were no outliers
+    for layer, weight in weights.items():
+        data = torch.empty(weight.shape, dtype=weight.dtype, device=COUNTED)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            data, state = bnb.functional.quantize_4bit(data, **{name: getattr(weight, name) for name in names})
+            layer.quant_state, more = state, {"quant_state": state, "bnb_quantized": True}
+        else:
+            data, scales, _ = bnb.functional.int8_vectorwise_quant(data.half())
+            layer.state.threshold, more = 0.0, {"CB": data, "SCB": scales}  # as if there were no outliers
+        layer.weight = Parameter(data, requires_grad=False)
+        vars(layer.weight).update(vars(weight) | more)
     bnb.functional.name2qmap.clear()  # tables that it keeps for all to come: these are fake
-    layer.weight = torch.nn.Parameter(data, requires_grad=False)
-    vars(layer.weight).update(vars(weight) | more)
 
 
 class FakePipeline(PipelineInfo):
@@ -2558,19 +2558,20 @@ class FakePipeline(PipelineInfo):
 
     def load(self, cls: type[T], subfolder: str, dtype: torch.dtype, **kwargs: Any) -> T:
         configs = {"text_encoder": self.text_config, "transformer": self.transformer_config, "vae": self.vae_config}
-        config, quantized = kwargs.get("quantization_config"), {}
+        config = kwargs.get("quantization_config")
         with _disable_current_modes(), torch.device("meta"):
             module = cls.from_config(configs[subfolder])
             if config:
                 quantizer = diffusers.quantizers.DiffusersAutoQuantizer.from_config(config)
                 quantizer.preprocess_model(module, device_map=None, keep_in_fp32_modules=[])
             torch.nn.Module.to(module, dtype)
-            for layer in module.modules():
-                if hasattr(layer, "quant_state") or hasattr(layer, "state"):
-                    quantized[layer], layer.weight = layer.weight, None
-        module.to_empty(device=COUNTED if config else "cpu")
-        for layer, weight in quantized.items():
-            quantize_as_on_gpu(layer, weight)
+            layers = [layer for layer in module.modules() if hasattr(layer, "quant_state") or hasattr(layer, "state")]
+            quantized = {layer: layer._parameters.pop("weight") for layer in layers}
+        device = COUNTED if config else "cpu"
+        module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        if config:
+            quantize_as_on_gpu(quantized)
+        compute_ends(transformer_blocks(module) if subfolder == "transformer" else getattr(module, "layers", []))
         return module.eval()
 
 
@@ -2662,7 +2663,7 @@ def training_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
     transformer = load_transformer(fake)
     if run.sharded:  # FSDP gathers a block while the one before it computes
         share = 1 / run.accelerator.num_processes + 2 / len(transformer_blocks(transformer))
-        counter.live = counter.peak = counter.live * min(1, share)
+        counter.live = counter.peak = int(counter.live * min(1, share))
     parameters = add_lora(transformer, fake)
     optimizer = build_optimizer(parameters, args, args.learning_rate)
     vae = None if args.cache_latents else load_vae(fake)
@@ -2939,7 +2940,7 @@ def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The output folder
+# The output folder and the Hub
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2999,11 +3000,6 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         if (output.path / name).exists():
             rename(output.path / name, folder / name, folders=True)
     logger.warning(f"{output.path} held an earlier run: moved to {folder}. To continue one: --resume_from_checkpoint")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Publishing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -> str:
@@ -3188,7 +3184,10 @@ def main(args: argparse.Namespace) -> None:
     """Train as `args` (of `parse_args`) says. Raises UserError for what the user can correct."""
     accelerator = start_run(args)
     checkpoint = find_checkpoint(args)
-    seed = choose_seed(args, checkpoint and checkpoint.seed)
+    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
+    seed = next(seed for seed in (args.seed, checkpoint and checkpoint.seed, drawn) if seed is not None)
+    if args.seed is None and not checkpoint:
+        logger.info(f"--seed was not given: drew {drawn}")
     pipeline = read_pipeline_info(args, accelerator)
     lora = read_lora_settings(args, pipeline.transformer_config)
     run = Run(args, accelerator, pipeline, seed, DTYPES[accelerator.mixed_precision], lora)
@@ -3201,7 +3200,8 @@ def main(args: argparse.Namespace) -> None:
             read_transformer_file(used)
 
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
-    examples = load_all_examples(args)
+    kinds = {"instance": True, "class": args.with_prior_preservation, "held-out": args.validation_data_dir}
+    examples = {kind: load_examples(kind, args) for kind in kinds if kinds[kind]}
     check_folders(examples, args)
     plan = TrainingPlan(examples, tokenize(examples, run), run)
     logger.info("\n".join(describe_plan(plan, run)))

@@ -26,7 +26,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 import train_dreambooth_lora_z_image as trainer
 from running import GOES_ON, error_line, fork_trainer, launch, launch_script, run_here
-from tiny import train_args
+from tiny import load_all_examples, train_args
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -193,7 +193,7 @@ def picture_corpus(seed):
 
 def read_whole(folder):
     """What a folder of pictures becomes in training, by the trainer's own functions: [3, 64, 64] each."""
-    examples = trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out")))
+    examples = load_all_examples(trainer.parse_args(train_args("model", folder, "out")))
     pictures = []
     for example in examples["instance"]:
         try:
@@ -364,7 +364,7 @@ def test_links_to_pictures_are_followed_and_others_left_out(photos, tmp_path):
     (photos / "device.jpg").symlink_to("/dev/zero")
     os.mkfifo(photos / "pipe.jpg")
     args = trainer.parse_args(train_args("model", photos, "out"))
-    examples = trainer.load_all_examples(args)["instance"]
+    examples = load_all_examples(args)["instance"]
     assert len(examples) == 7 and str(photos / "link.jpg") in [example.name for example in examples]
 
 
@@ -488,7 +488,7 @@ SOUND_METADATA = {
 def test_an_unusual_metadata_file_is_read(content, photos):
     (photos / "metadata.jsonl").write_bytes(content)
     args = trainer.parse_args(train_args("model", photos, "out"))
-    (cat,) = [e for e in trainer.load_all_examples(args)["instance"] if e.name.endswith("cat.png")]
+    (cat,) = [e for e in load_all_examples(args)["instance"] if e.name.endswith("cat.png")]
     assert cat.caption == ("a cat" if b"a cat" in content else "a photo of sks dog")
 
 

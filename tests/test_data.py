@@ -13,7 +13,7 @@ from PIL import Image, features
 
 import train_dreambooth_lora_z_image as trainer
 from running import fork_trainer
-from tiny import lora_tensors, train_args
+from tiny import load_all_examples, lora_tensors, train_args
 
 
 def save_picture(path, size=(8, 8), color=(200, 30, 60)):
@@ -26,7 +26,7 @@ def save_picture(path, size=(8, 8), color=(200, 30, 60)):
 def read_examples(folder=None, **flags):
     """The instance pictures that these flags give. Their prompt is "the instance prompt"."""
     args = train_args("model", folder, "out", instance_prompt="the instance prompt", **flags)
-    return trainer.load_all_examples(trainer.parse_args(args))["instance"]
+    return load_all_examples(trainer.parse_args(args))["instance"]
 
 
 def captions(folder=None, **flags):

@@ -19,7 +19,7 @@ from flags import TESTED, WITHOUT_EFFECT
 from running import ROOT, SCRIPT, run_here
 from test_checkpoint import make_state
 from test_compile import gradients, make_batch, make_run, prepare
-from tiny import build_tiny_pipeline, train_args
+from tiny import build_tiny_pipeline, load_all_examples, train_args
 
 
 def parsed(**flags):
@@ -73,7 +73,7 @@ def test_every_flag_is_read():
 def make_examples(run, folder):
     """The pictures in a folder, as the run trains on them."""
     run.args.instance_data_dir = str(folder)
-    return trainer.load_all_examples(run.args)
+    return load_all_examples(run.args)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_field_of_captions_is_that_of_held_out_pictures_too(shared_photos, t
     row = {"file_name": "cat.png", "text": "a cat", "zh": "一只猫"}
     (folder / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
     flags = {"caption_column": "zh", "validation_data_dir": folder}
-    examples = trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out", **flags)))
+    examples = load_all_examples(trainer.parse_args(train_args("model", folder, "out", **flags)))
     assert [examples[kind][0].caption for kind in ("instance", "held-out")] == ["一只猫", "一只猫"]
 
 
@@ -109,7 +109,7 @@ def test_the_configuration_of_a_data_set_is_asked_for():
         mock.patch("datasets.load_dataset", side_effect=ValueError("seen")) as load,
         pytest.raises(trainer.UserError, match="seen"),
     ):
-        trainer.load_all_examples(args)
+        load_all_examples(args)
     assert load.call_args == mock.call("dogs", "small", cache_dir="here")
 
 

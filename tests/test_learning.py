@@ -46,7 +46,7 @@ def has_learned(out, name):
     return subject_score(out, name) > 0.3 and held_out_share(out, name) < HELD_OUT_SHARE[name]
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("name", ["striped-ball", pytest.param("cross-toy", marks=pytest.mark.slow)])
 def test_training_teaches_the_subject(trained, name):
     assert has_learned(trained(name), name)
     other = next(prompt for prompt in PROMPTS if prompt != name)

@@ -76,6 +76,23 @@ def test_training_takes_the_memory_that_is_counted(precision, checkpointing, nar
     assert count(run)["training"] == pytest.approx(kept + peak, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("fraction", "lora_layers"),
+    [(0.0, "to_q,to_out.0"), (0.4, "layers.3,layers.4"), (1.0, "layers.1,t_embedder.mlp.0")],
+)
+def test_blocks_between_the_ends_are_counted_as_if_they_computed(fraction, lora_layers, tmp_path, monkeypatch):
+    folder = build_tiny_pipeline(tmp_path / "deep")
+    ZImageTransformer2DModel(
+        dim=64, n_layers=6, n_refiner_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 12, 12]
+    ).save_pretrained(folder / "transformer")
+    run = make_run(folder, "bf16", cache_latents=True, lora_layers=lora_layers, validation_prompt="a")
+    run = dataclasses.replace(run, fraction=fraction)
+    shortened = count(run, held_out=True)
+    monkeypatch.setattr(trainer, "compute_ends", lambda blocks: None)
+    assert shortened == pytest.approx(count(run, held_out=True), rel=1e-3)
+    assert shortened.keys() == {"text encoder", "VAE", "training", "held out", "pictures"}
+
+
 def weights_of(module):
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]

@@ -15,13 +15,13 @@ from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
 from running import fork_trainer
-from tiny import lora_tensors, train_args
+from tiny import load_all_examples, lora_tensors, train_args
 
 
 def read(folder, **flags):
     """What the flags make of a folder: {kind: examples}. No prompt is given unless a flag does."""
     flags = {"instance_prompt": None, "resolution": 64, **flags}
-    return trainer.load_all_examples(trainer.parse_args(train_args("model", folder, "out", **flags)))
+    return load_all_examples(trainer.parse_args(train_args("model", folder, "out", **flags)))
 
 
 def captions(folder, **flags):
@@ -368,7 +368,7 @@ def test_the_plan_says_where_pictures_and_captions_came_from_and_what_was_left_o
     (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "folder.jpg").mkdir()
     args = trainer.parse_args(train_args("model", tmp_path, "out", instance_prompt="x"))
-    lines = list(trainer.describe_pictures("instance", trainer.load_all_examples(args)["instance"], str(tmp_path)))
+    lines = list(trainer.describe_pictures("instance", load_all_examples(args)["instance"], str(tmp_path)))
     assert lines[:5] == [
         "3 instance pictures:",
         f"  1 in {tmp_path / '3_sks cat'}, counted 3 times",
@@ -432,7 +432,7 @@ def check(folder, **flags):
     """Whether the folders go together; the line that says why not."""
     args = trainer.parse_args(train_args("model", folder, flags.pop("output_dir", "out"), **flags))
     try:
-        trainer.check_folders(trainer.load_all_examples(args), args)
+        trainer.check_folders(load_all_examples(args), args)
     except trainer.UserError as error:
         return str(error)
 
@@ -614,7 +614,7 @@ def test_a_changed_mask_is_not_taken_from_the_cache_and_is_another_run(tiny_mode
         mask.save(tmp_path / "dog" / "a-masklabel.png")
         run = make_run(tiny_model, pictures=tmp_path / "dog", masked_loss=True, encoding_cache_dir=tmp_path / "cache")
         run.accelerator.mixed_precision = "no"
-        examples = trainer.load_all_examples(run.args)
+        examples = load_all_examples(run.args)
         (latents,) = trainer.cache_latents(examples["instance"], run).values()
         found.append(latents)
         plan = trainer.TrainingPlan(examples, trainer.tokenize(examples, run), run)

@@ -217,7 +217,7 @@ def test_a_printed_command_runs(block, configured, tiny_model, one_photo, tmp_pa
     script = words.index(SCRIPT.name)
     flags = [word for word in words[script + 1 :] if word != "--push_to_hub"]
     first_run = "@configs/first_run.args" in flags
-    own = small_flags(tiny_model, one_photo, tmp_path, 1024 if block.endswith(MAIN_COMMAND) else 64)
+    own = small_flags(tiny_model, one_photo, tmp_path, 256 if block.endswith(MAIN_COMMAND) else 64)
     if first_run:  # its model and pictures come with the repository
         own = [flag for flag in own if not flag.startswith(("--pretrained_model", "--instance_data"))]
     launch(*flags, *own, launcher_flags=words[2:script], env=configured)

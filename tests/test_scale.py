@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_dreambooth_lora_z_image as trainer
 from test_training import in_own_process, warm_process  # noqa: F401 (a fixture)
-from tiny import train_args
+from tiny import load_all_examples, train_args
 
 
 MANY = 10_000
@@ -77,7 +77,7 @@ def test_ten_thousand_lines_of_metadata_are_read_in_a_moment(many_pictures):
     metadata.write_text("\n".join(lines), encoding="utf-8")
     started = time.process_time()
     try:
-        examples = trainer.load_all_examples(trainer.parse_args(train_args("model", many_pictures, "out")))["instance"]
+        examples = load_all_examples(trainer.parse_args(train_args("model", many_pictures, "out")))["instance"]
     finally:
         metadata.unlink()
     assert [example.caption for example in examples] == [f"picture {index}" for index in range(MANY)]

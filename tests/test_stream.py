@@ -16,7 +16,7 @@ from PIL import Image
 import train_dreambooth_lora_z_image as trainer
 from kill_test import bit_identical
 from running import TrainerProcess, fork_trainer
-from tiny import train_args
+from tiny import load_all_examples, train_args
 
 
 SHAPES = ((64, 64), (64, 96), (96, 64))
@@ -222,7 +222,7 @@ def sizes(tmp_path):
 def test_a_picture_is_trained_at_each_resolution_that_does_not_enlarge_it(flags, expected, sizes, caplog):
     args = trainer.parse_args(train_args("model", sizes, "out", **flags))
     with caplog.at_level("INFO", logger=trainer.logger.name):
-        examples = trainer.load_all_examples(args)["instance"]
+        examples = load_all_examples(args)["instance"]
     found = {}
     for example in examples:
         found.setdefault(Path(example.name).stem, []).append("{}x{}".format(*example.bucket))

@@ -197,3 +197,11 @@ def events(out):
         found.scalars |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
         found.images |= {tag: accumulator.Images(tag) for tag in accumulator.Tags()["images"]}
     return found
+
+
+def load_all_examples(args):
+    """{kind: examples} of the pictures that the flags ask for, as `main` of the script reads them."""
+    import train_dreambooth_lora_z_image as trainer
+
+    kinds = {"instance": True, "class": args.with_prior_preservation, "held-out": args.validation_data_dir}
+    return {kind: trainer.load_examples(kind, args) for kind in kinds if kinds[kind]}
