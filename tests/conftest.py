@@ -14,6 +14,15 @@ if hasattr(signal, "SIGHUP"):
 from tiny import build_photos, build_tiny_pipeline  # noqa: E402
 
 
+# A process takes one file after the other. These take longest: begun first, none is left for a single process to end.
+LONG = ["training", "distributed", "resume", "readme", "machines", "memory", "learning", "validation", "cli"]
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of the tiny random Z-Image pipeline. Shared by all tests: read it, never write to it."""
