@@ -104,10 +104,12 @@ from tqdm.auto import tqdm
 
 
 logger = logging.getLogger("train_dreambooth_lora_z_image")
+error_once = functools.cache(logger.error)  # for what could be said at every step
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest make a checkpoint
+STATE_FILE = "training_state.pt"
 MANIFEST = "manifest.json"
+CHECKPOINT_FILES = (STATE_FILE, LORA_FILE, MANIFEST)  # the LoRA in float32
 RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures; the first there is holds them
 MASK_ENDING = "-masklabel.png"
@@ -121,6 +123,8 @@ PICTURE_FORMATS = {end: kind for end, kind in Image.registered_extensions().item
 MAX_SIDE = 8192  # a picture of more pixels than its square is shrunk as it is read: memory, not detail, decides
 VAE_FACTOR = 8  # pixels for each side of a latent
 SIZE_MULTIPLE = 16  # that times the patch size 2
+# Of a resolution: buckets of about its square of pixels, in the common shapes
+bucket_ladder = functools.cache(functools.partial(training_utils.generate_aspect_ratio_buckets, divisibility=16))
 PICTURES_VERIFIED = 1000  # so many are decoded before anything is loaded; those of a larger set when they are used
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile's language on a GPU; not for Windows
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -131,6 +135,7 @@ TOKEN_MULTIPLE = 32  # the transformer pads every caption to a multiple of this
 T = TypeVar("T")
 Size = tuple[int, int]  # (height, width) in pixels
 State = dict[str, Tensor]  # tensors by name, as in a file
+Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed, fingerprint, and ids of trackers' runs
 Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs)}
 
 
@@ -183,9 +188,6 @@ def user_errors(what: str, *types: type[Exception]) -> Iterator[None]:
         if isinstance(error, (UserError, TrainingError)) and type(error) not in types:
             raise
         raise UserError(f"{what}: {first_line(error)}") from None
-
-
-error_once = functools.cache(logger.error)  # for what could be said at every step
 
 
 @contextlib.contextmanager
@@ -438,7 +440,7 @@ def bucket_list(text: str) -> list[Size]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: every flag, in groups by topic. Its mistakes are UserErrors."""
+    """The command line: every flag, by topic. One that changes the mathematics also stands in MATHEMATICS."""
 
     def error(message: str) -> NoReturn:
         raise UserError(message)
@@ -466,17 +468,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision NAME", "Branch, tag or commit of the model on the Hub.")
     add("--variant NAME", "Variant of the weight files, for example fp16.")
     add("--cache_dir DIR", "Where models and data sets from the Hub are downloaded to.")
-    add("--mixed_precision {no,fp16,bf16}", "Of weights and products, not of the LoRA. Default: accelerate's config.")
+    add("--mixed_precision {no,fp16,bf16}", "Of frozen weights and products. Default: accelerate's config.")
     add("--do_fp8_training", "Hold the transformer in float8 and multiply in it (CUDA: compute capability 8.9).")
-    add("--base_model_precision {int8,fp8,nf4}", "Hold it in int8 (any GPU), fp8 (as above), nf4 (configs/nf4.json).")
-    add("--bnb_quantization_config_path JSON", "Hold it in 4 or 8 bits, by bitsandbytes: see configs/nf4.json.")
+    add("--base_model_precision {int8,fp8,nf4}", "Hold the transformer in int8 (any GPU), fp8 or nf4.")
+    add("--bnb_quantization_config_path JSON", "Hold it in bitsandbytes' 4 or 8 bits, as in configs/nf4.json.")
     add("--gradient_checkpointing FRACTION", "Recompute all blocks, or a fraction, or auto: as memory needs. Slower.",
         type=fraction_or_word, nargs="?", const=True, default=False)
     add("--offload", "Keep encoders and the inputs of recomputed blocks in host memory while they are not needed.")
     add("--allow_tf32", "Allow TF32 in float32 matrix products on Ampere and later.")
     add("--compile", "Compile the repeated transformer block with torch.compile.")
-    add("--base_adapter PATH[:WEIGHT]", "A LoRA merged into the base for training alone, as for a distilled model.")
-    add("--attention_backend NAME", "Of diffusers' dispatcher.", choices=[b.value for b in AttentionBackendName])
+    add("--base_adapter PATH[:WEIGHT]", "A LoRA added to the base for training alone, as for a distilled model.")
+    add("--attention_backend NAME", "Kernel, by diffusers' name.", choices=[b.value for b in AttentionBackendName])
     add("--enable_npu_flash_attention", "Use the NPU's flash attention (needs torch_npu).")
     add("--fsdp_text_encoder", "Shard the text encoder over the processes while it encodes.")
 
@@ -489,7 +491,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--instance_prompt PROMPT", 'Caption of every picture that has none, for example "a photo of sks dog".')
     add("--caption_prefix TEXT", "A trigger word, put before captions that do not begin with it.")
     add("--masked_loss", "Weigh the loss by the alpha channel or photo-masklabel.png: white is what matters.")
-    add("--unmasked_weight W", "Of the rest, beside that.", type=fraction, default=0.1)
+    add("--unmasked_weight W", "Of the rest of the picture, where what is white counts 1.", type=fraction, default=0.1)
     add("--repeats N", "How often each picture counts in an epoch.", type=count, default=1)
     add("--resolution PIXELS", "Side of pictures; 512,768 trains each at both.", type=resolutions, default="1024")
     add('--aspect_ratio_buckets "H,W;H,W"', "Sizes: each picture has the nearest in shape.", type=bucket_list)
@@ -534,8 +536,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--use_8bit_adam", "Keep AdamW's state in 8 bits (bitsandbytes).")
     add("--adam_beta1 B", "Of AdamW and Prodigy.", type=below_one, default=0.9)
     add("--adam_beta2 B", "Of AdamW and Prodigy.", type=below_one, default=0.999)
-    add("--adam_weight_decay W", "Of both as well.", type=non_negative, default="1e-4")
-    add("--adam_epsilon E", "Of both as well.", type=positive, default="1e-8")
+    add("--adam_weight_decay W", "Weight decay of both.", type=non_negative, default="1e-4")
+    add("--adam_epsilon E", "Added to the denominator in both.", type=positive, default="1e-8")
     add("--prodigy_beta3 B", "Of Prodigy's step size. Default: the root of beta2.", type=fraction)
     boolean = {"type": accelerate.utils.str_to_bool, "nargs": "?", "const": True, "default": True}
     add("--prodigy_decouple BOOL", "Decoupled weight decay, as in AdamW.", **boolean)
@@ -546,8 +548,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weighting_scheme {none,sigma_sqrt,logit_normal,mode,cosmap}",
         "Density of timesteps, or weighting of the loss, by the SD3 paper; none: uniform.", default="none")
     add("--logit_mean M", "Of logit_normal; above 0: more noise.", type=finite, default=0.0)
-    add("--logit_std S", "Of logit_normal.", type=positive, default=1.0)
-    add("--mode_scale S", "Of mode.", type=finite, default=1.29)
+    add("--logit_std S", "Of logit_normal: its standard deviation.", type=positive, default=1.0)
+    add("--mode_scale S", "Of mode: how far it is from uniform.", type=finite, default=1.29)
     add("--timestep_shift S", "Of the training sigmas alone. Default: the scheduler's.", type=positive)
     add("--seed N", "Default: drawn once, logged and kept.", type=whole)
 
@@ -569,7 +571,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("Output")
     add("--output_dir DIR", "For the LoRA, checkpoints and pictures.", default="z-image-dreambooth-lora")
     add("--logging_dir DIR", "For tensorboard, inside --output_dir.", default="logs")
-    add("--report_to TRACKER", "Of accelerate's: tensorboard, wandb, ..., all or none.", default="tensorboard")
+    add("--report_to TRACKER", "Where figures go: tensorboard, wandb, ..., all or none.", default="tensorboard")
     add("--checkpointing_steps N", "Save every N updates.", type=count, default=500)
     add("--checkpoints_total_limit N", "Keep only the newest N. Default: all.", type=count)
     add("--resume_from_checkpoint PATH", "A checkpoint folder, or latest.")
@@ -587,10 +589,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--local_rank N", "The launcher's environment decides.", type=int)
     # fmt: on
     return parser
-
-
-# Of a resolution: buckets of about its square of pixels, in the common shapes
-bucket_ladder = functools.cache(functools.partial(training_utils.generate_aspect_ratio_buckets, divisibility=16))
 
 
 def round_size(side: float) -> int:
@@ -633,11 +631,11 @@ class Drawing:
         return round_size(self.height), round_size(self.width)
 
 
-def drawing_of(prompt: str, args: argparse.Namespace, own: bool = False, **options: Any) -> Drawing:
-    """A prompt, drawn by `options`, then by the flags; with `own`, as the pipeline does, but for a distilled model."""
+def drawing_of(prompt: str, args: argparse.Namespace, by_pipeline: bool = False, **options: Any) -> Drawing:
+    """A prompt as `options`, then the flags say; `by_pipeline`: by its defaults, unless --guidance_scale is 0."""
     defaults = inspect.signature(ZImagePipeline.__call__).parameters
     steps, guidance = defaults["num_inference_steps"].default, defaults["guidance_scale"].default
-    if not own or args.guidance_scale == 0 and not args.validation_model_path:
+    if not by_pipeline or args.guidance_scale == 0 and not args.validation_model_path:  # as for a distilled one
         steps, guidance = args.validation_num_inference_steps or steps, args.guidance_scale
     side = args.resolution[-1]
     return Drawing(prompt, **{"width": side, "height": side, "steps": steps, "guidance": guidance, **options})
@@ -738,6 +736,7 @@ Source = Path | Callable[[], bytes]  # a picture's file, or a function that retu
 Caption = tuple[str, Path | str]  # a text, and where it comes from: a file, or a flag
 # Of a picture: its name, itself, its own captions, the words in its folder's name, its mask, how often it counts
 Found = tuple[str, Source, list[Caption], str, Path | None, int]
+Examples = dict[str, list["Example"]]  # by kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -753,9 +752,6 @@ class Example:
     repeats: int  # how often it counts in an epoch
     origin: Path | str = ""  # of the caption
     mask: Path | str | None = None  # of --masked_loss: a file, or the picture's "alpha" channel
-
-
-Examples = dict[str, list[Example]]  # by kind
 
 
 def read_bytes(source: Source) -> bytes:
@@ -934,7 +930,7 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
     for name, source, own, words, mask, repeats in found:
         captions = [*own, (prompt, prompt_flag), (words, "the names of folders")]
         text, origin = next(filter(operator.itemgetter(0), captions), ("", prompt_flag))
-        if kind != "class" and not text.startswith(prefix.strip()):
+        if kind != "class" and prefix and not re.match(re.escape(prefix.strip()) + r"(?![A-Za-z0-9])", text):
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
         with open_picture(name, source) as (image, orientation):
             size = image.size if orientation >= 5 else image.size[::-1]
@@ -1020,8 +1016,8 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
     local = Path(name).is_dir()
     # One process of a machine downloads for all; weights are not needed for the plan.
     with user_errors(f"{incomplete} model_index.json"), accelerator.local_main_process_first():
-        configs = ["*.json", "*/*.json", "tokenizer/*"]
-        path = name if local else snapshot_download(name, **where, allow_patterns=configs)
+        small = ["*.json", "*/*.json", "tokenizer/*"]
+        path = name if local else snapshot_download(name, **where, allow_patterns=small)
         if not local and not args.dry_run:
             where |= {"transformer": None} if args.transformer_path else {}
             path = DiffusionPipeline.download(name, **where, variant=args.variant)
@@ -1124,9 +1120,13 @@ def validation_pipeline(run: Run) -> PipelineInfo:
         return run.pipeline
     if Path(name).is_file() or name.endswith(".safetensors"):
         return dataclasses.replace(run.pipeline, transformer_file=Path(name))
-    with user_errors(f"--validation_model_path {name}", UserError, OSError, ValueError):
-        where = {"cache_dir": run.args.cache_dir, "allow_patterns": ["transformer/*", "scheduler/*"]}
+    with user_errors(f"--validation_model_path {name}"), run.accelerator.local_main_process_first():
+        patterns = ["scheduler/*", "transformer/*.json" if run.args.dry_run else "transformer/*"]
+        where = {"cache_dir": run.args.cache_dir, "allow_patterns": patterns}
         path = name if Path(name).is_dir() else snapshot_download(name, **where)
+        config = ZImageTransformer2DModel.load_config(path, subfolder="transformer")
+        if any(config.get(size) != run.pipeline.transformer_config[size] for size in ("dim", "n_layers", "n_heads")):
+            raise ValueError("its transformer has another size, so that the LoRA does not fit")
         parts = {"scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")}
         return dataclasses.replace(run.pipeline, name=name, path=path, variant=None, transformer_file=None, **parts)
 
@@ -1135,6 +1135,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The processes and the precision, as the flags and the launcher's configuration say. Raises UserError."""
     for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_PREFIXES)]:
         del os.environ[name]  # accelerate would read a number from the empty text
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # accelerate would divide the losses by it
     is_set = accelerate.utils.parse_flag_from_env
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision not in DTYPES or is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
@@ -1258,8 +1259,8 @@ def tokenize(examples: Examples, run: Run) -> dict[str, list[int]]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True).input_ids
         tokens[prompt] = ids[:limit]
         if len(ids) > limit:
-            cut = f"cuts a prompt of {len(ids)} tokens: {prompt[:60]!r}..."
-            logger.warning(f"--max_sequence_length {limit} {cut} ends at ...{tokenizer.decode(ids[:limit])[-40:]!r}")
+            cut = f"a prompt of {len(ids)} tokens is cut to {limit}: {prompt[:60]!r}..."
+            logger.warning(f"--max_sequence_length: {cut} ends at ...{tokenizer.decode(ids[:limit])[-40:]!r}")
     return tokens
 
 
@@ -1461,8 +1462,7 @@ def quantize(transformer: ZImageTransformer2DModel, precision: str, device: torc
     """Hold attention and feed-forward layers, 98% of the products, in "fp8" or "int8", one after the other."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    modules = transformer.named_modules()
-    for name in [name for name, m in modules if isinstance(m, torch.nn.Linear) and m.bias is None]:
+    for name in [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and m.bias is None]:
         layer = transformer.get_submodule(name)
         if precision == "int8":
             quantize_(layer, Int8WeightOnlyConfig(version=2, set_inductor_config=False), device=device)
@@ -1509,7 +1509,7 @@ KINDS = {"lokr_": "a LoKr", "hada_": "a LoHa", "dora_scale": "a DoRA", "magnitud
 def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = None) -> State:
     """The weights in `transformer_file` by diffusers' names, in `dtype`, or on the meta device. Raises UserError."""
     path, header, state = pipeline.transformer_file, safetensors_header(pipeline.transformer_file), {}
-    layers = json.loads(header.pop("__metadata__", {}).get("_quantization_metadata", "{}")).get("layers", {})
+    metadata = header.pop("__metadata__", {})
     first = "noise_refiner.0.attention_norm1.weight"
     prefix = next((name.removesuffix(first) for name in header if f".{name}".endswith(f".{first}")), None)
     if prefix is None:
@@ -1518,6 +1518,7 @@ def read_transformer_file(pipeline: PipelineInfo, dtype: torch.dtype | None = No
     names = [name for name in header if name.startswith(prefix) and not name.endswith(NO_WEIGHTS)]
     with user_errors(f"{path}: what it says of its formats is not JSON", ValueError), safe_open(path, "pt") as file:
         # ComfyUI notes a quantized layer's format as JSON: in the metadata, or as the bytes of a tensor.
+        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         notes = [json.loads(bytes(file.get_tensor(n).tolist())) for n in header if n.endswith(".comfy_quant")]
         formats = {note.get("format") for note in (*layers.values(), *notes)} | {header[n]["dtype"] for n in names}
         if other := ", ".join(map(str, formats - FORMATS)):
@@ -1789,9 +1790,8 @@ def training_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, shift: float | N
 
 def sample_sigma(sigmas: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
     """One of `sigmas`, drawn with the density of `--weighting_scheme` (SD3 paper, section 3.1): more u, more noise."""
-    u = training_utils.compute_density_for_timestep_sampling(
-        args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-    )
+    density = training_utils.compute_density_for_timestep_sampling
+    u = density(args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator)
     return sigmas[(u * len(sigmas)).long().clamp(0, len(sigmas) - 1)][0]
 
 
@@ -1865,17 +1865,17 @@ class Sample:
 class TrainingPlan:
     """How long the run is and, as a function of the seed and the data alone, which samples make each update.
 
-    The permutations of the epochs, one after the other, are one stream of instance samples. Update N takes the N-th
-    `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior preservation as
-    many class samples join them, the class images taking turns. A slot is an example in one of its repeats: an epoch
-    takes each once. `tokens` are those of each prompt.
+    The permutations of the epochs, one after the other, are one stream of instance samples. Update `step`, from 0,
+    takes the next `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior
+    preservation as many class samples join them, the class images taking turns. A slot is an example in one of its
+    repeats: an epoch takes each once. `tokens` are those of each prompt.
     """
 
     def __init__(self, examples: Examples, tokens: dict[str, list[int]], run: Run) -> None:
         self.examples, self.tokens, self.run, args = examples, tokens, run, run.args
         self.slots = [example for example in examples["instance"] for _ in range(example.repeats)]
-        drawn = {example.name for example in examples.get("class", [])}
-        self.missing_class_images = max(0, args.num_class_images - len(drawn)) if "class" in examples else 0
+        present = {example.name for example in examples.get("class", [])}
+        self.missing_class_images = max(0, args.num_class_images - len(present)) if "class" in examples else 0
         self.samples_per_epoch = len(self.slots)
         processes = run.accelerator.num_processes
         self.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * processes
@@ -1990,8 +1990,8 @@ class TrainingData:
     def read_ahead(self, jobs: Iterator[list[Sample]], stopping: Callable[[], bool]) -> Iterator[MicroBatch | None]:
         """The micro-batches of `jobs` on the device, in their order; threads read them while it works.
 
-        At most two more than there are threads at work are read ahead. The last is None where its pictures do not come
-        though `stopping()`. A daemon thread reads each: one that is stuck does not hold up the end of the program.
+        At most two more than there are threads are held. None ends them where pictures take longer than PATIENCE
+        though the run is `stopping()`. A daemon thread reads each: one that is stuck holds up nothing.
         """
         device, threads = self.run.accelerator.device, max(1, self.run.args.dataloader_num_workers)
         at_work, ahead, following = threading.Semaphore(threads), deque(), None
@@ -2013,7 +2013,7 @@ class TrainingData:
                 future, waited = ahead.popleft(), 0.0
                 while not future.done() and waited < PATIENCE:
                     concurrent.futures.wait([future], timeout=0.1)
-                    waited += 0.1 * stopping()
+                    waited += 0.1 * (stopping() and not self.run.sharded)  # whose processes compute together
                 if not future.done():
                     yield None
                 batch = following or future.result().to(device)
@@ -2033,83 +2033,6 @@ class TrainingData:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class OnePromptAtATime(torch.nn.Module):
-    """A transformer that takes the lists of `ZImagePipeline` one by one: without padding, so without a mask."""
-
-    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.in_channels, self.dtype, self.device = transformer.in_channels, transformer.dtype, transformer.device
-
-    def forward(self, latents: list[Tensor], times: Tensor, embeds: list[Tensor], **options: Any) -> list:
-        each = zip(latents, times.split(1), embeds, strict=True)
-        return [[self.transformer([x], time, [embed], **options)[0][0] for x, time, embed in each]]
-
-
-def draw_latents(
-    transformer: ZImageTransformer2DModel, drawing: Drawing, seeds: list[int], embeds: dict[str, Tensor], run: Run
-) -> list[Tensor]:
-    """Latents [C, h, w] on the CPU of pictures of a prompt, from the noise of each seed, the same on every device."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
-    pipeline = ZImagePipeline(scheduler, None, None, None, OnePromptAtATime(transformer))
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = {"prompt_embeds": drawing.prompt, "negative_prompt_embeds": drawing.negative_prompt}
-    device, noise = run.accelerator.device, [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {name: [embeds[text].to(device, transformer.dtype)] * len(seeds) for name, text in prompts.items()}
-    options |= {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
-    with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
-        latents = pipeline(None, *drawing.size, generator=noise, output_type="latent", **options).images
-    assert latents.shape == (len(seeds), *run.pipeline.latent_shape(drawing.size))
-    return list(latents.float().cpu())
-
-
-def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
-    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
-    args, size = run.args, run.args.sample_batch_size
-    transformer = load_transformer(run, args.prior_generation_precision).to(run.accelerator.device)
-    files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
-    free = [number for number, file in enumerate(files) if not file.exists()]
-    run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
-    own, drawing = run.own_part(free[:missing]), drawing_of(args.class_prompt, args, own=True)
-    for first in with_progress(range(0, len(own), size), "batches of class pictures", run.accelerator):
-        numbers = own[first : first + size]
-        seeds = [seeded_generator(run.seed, "class image", number).initial_seed() for number in numbers]
-        latents = draw_latents(transformer, drawing, seeds, prompt_embeds, run)
-        with training_utils.offload_models(transformer, device="cpu"):  # while the VAE is on the device
-            images = decode_latents(latents, run)
-        for number, image in zip(numbers, images, strict=True):
-            with replacing(files[number]) as part:
-                image.save(part)
-    run.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def eval_mode(transformer: ZImageTransformer2DModel, *left_out: str) -> Iterator[None]:
-    """The transformer as it will be used: in eval mode, without some adapters, at least `--base_adapter`."""
-    with contextlib.ExitStack() as restored, torch.no_grad():
-        for module in transformer.modules():
-            for adapter in ("base", *left_out) if isinstance(module, LoraLayer) else ():
-                module.set_scale(adapter, 0)  # it passes over an adapter that it lacks
-                restored.callback(module.set_scale, adapter, 1)
-        restored.callback(transformer.train)
-        transformer.eval()
-        yield
-
-
-def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTransformer2DModel:
-    """The transformer of `run.pipeline`, for pictures, with the LoRA of the one in training."""
-    drawing = load_transformer(run).to(run.accelerator.device)  # where FSDP does not take it
-    with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
-        drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
-    set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
-    return drawing.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2121,15 +2044,12 @@ def build_optimizer(parameters: list[Parameter], args: argparse.Namespace, learn
     needed = "--optimizer prodigy needs pip install prodigyopt, --use_8bit_adam needs pip install bitsandbytes"
     with user_errors(needed, ImportError):
         if args.optimizer == "prodigy":
-            from prodigyopt import Prodigy
-
+            prodigy = importlib.import_module("prodigyopt").Prodigy
             options |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
             options["use_bias_correction"] = args.prodigy_use_bias_correction
-            return Prodigy(parameters, **options, safeguard_warmup=args.prodigy_safeguard_warmup)
+            return prodigy(parameters, **options, safeguard_warmup=args.prodigy_safeguard_warmup)
         if args.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(parameters, **options)
+            return importlib.import_module("bitsandbytes.optim").AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
@@ -2185,9 +2105,6 @@ class TrainingState:
         self.optimizer.param_groups[0]["lr"] = rate
 
 
-Checkpoint = types.SimpleNamespace  # its path and, by its manifest, step, seed, fingerprint, and ids of trackers' runs
-
-
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Folders named `checkpoint-N` that have a manifest, newest first: any other is the user's."""
     numbered = [m.parent for m in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}") if m.parent.name[11:].isdecimal()]
@@ -2196,7 +2113,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint's own files, the manifest last: what is left after a kill can still be told and removed."""
-    for name in (STATE_FILE, LORA_FILE, MANIFEST):
+    for name in CHECKPOINT_FILES:
         (path / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # of files of the user's in it
         path.rmdir()
@@ -2217,6 +2134,8 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in list_checkpoints(output_dir):
+            if any(path.name not in CHECKPOINT_FILES for path in final.iterdir()):
+                raise FileExistsError("it holds other files: move them away")
             remove_checkpoint(final)
         with optional("The file for ComfyUI"), state.averaged():
             save_for_comfyui(state.transformer, f"-{state.step:06d}", run)
@@ -2294,14 +2213,86 @@ def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Validation
+# Drawing and validation
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class OnePromptAtATime(torch.nn.Module):
+    """A transformer that takes the lists of `ZImagePipeline` one by one: without padding, so without a mask."""
+
+    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.in_channels, self.dtype, self.device = transformer.in_channels, transformer.dtype, transformer.device
+
+    def forward(self, latents: list[Tensor], times: Tensor, embeds: list[Tensor], **options: Any) -> list:
+        each = zip(latents, times.split(1), embeds, strict=True)
+        return [[self.transformer([x], time, [embed], **options)[0][0] for x, time, embed in each]]
+
+
+def draw_latents(
+    transformer: ZImageTransformer2DModel, drawing: Drawing, seeds: list[int], embeds: dict[str, Tensor], run: Run
+) -> list[Tensor]:
+    """Latents [C, h, w] on the CPU of pictures of a prompt, from the noise of each seed, the same on every device."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.pipeline.scheduler.config)  # the pipeline changes it
+    pipeline = ZImagePipeline(scheduler, None, None, None, OnePromptAtATime(transformer))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = {"prompt_embeds": drawing.prompt, "negative_prompt_embeds": drawing.negative_prompt}
+    device, noise = run.accelerator.device, [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {name: [embeds[text].to(device, transformer.dtype)] * len(seeds) for name, text in prompts.items()}
+    options |= {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
+    with run.accelerator.autocast() if transformer.dtype == run.weight_dtype else contextlib.nullcontext():
+        latents = pipeline(None, *drawing.size, generator=noise, output_type="latent", **options).images
+    assert latents.shape == (len(seeds), *run.pipeline.latent_shape(drawing.size))
+    return list(latents.float().cpu())
+
+
+def generate_class_images(missing: int, prompt_embeds: dict[str, Tensor], run: Run) -> None:
+    """Draw `missing` pictures of `--class_prompt` into the class folder, each by one of the processes."""
+    args, size = run.args, run.args.sample_batch_size
+    transformer = load_transformer(run, args.prior_generation_precision).to(run.accelerator.device)
+    files = [Path(args.class_data_dir, f"class-{number:05d}.png") for number in range(args.num_class_images)]
+    free = [number for number, file in enumerate(files) if not file.exists()]
+    run.accelerator.wait_for_everyone()  # every process has looked before any picture is added
+    own, drawing = run.own_part(free[:missing]), drawing_of(args.class_prompt, args, by_pipeline=True)
+    for first in with_progress(range(0, len(own), size), "batches of class pictures", run.accelerator):
+        numbers = own[first : first + size]
+        seeds = [seeded_generator(run.seed, "class image", number).initial_seed() for number in numbers]
+        latents = draw_latents(transformer, drawing, seeds, prompt_embeds, run)
+        with training_utils.offload_models(transformer, device="cpu"):  # while the VAE is on the device
+            images = decode_latents(latents, run)
+        for number, image in zip(numbers, images, strict=True):
+            with replacing(files[number]) as part:
+                image.save(part)
+    run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def eval_mode(transformer: ZImageTransformer2DModel, *left_out: str) -> Iterator[None]:
+    """The transformer as it will be used: in eval mode, without some adapters, at least `--base_adapter`."""
+    with contextlib.ExitStack() as restored, torch.no_grad():
+        for module in transformer.modules():
+            for adapter in ("base", *left_out) if isinstance(module, LoraLayer) else ():
+                module.set_scale(adapter, 0)  # it passes over an adapter that it lacks
+                restored.callback(module.set_scale, adapter, 1)
+        restored.callback(transformer.train)
+        transformer.eval()
+        yield
+
+
+def with_same_lora(transformer: ZImageTransformer2DModel, run: Run) -> ZImageTransformer2DModel:
+    """The transformer of `run.pipeline`, for pictures, with the LoRA of the one in training."""
+    drawing = load_transformer(run).to(run.accelerator.device)  # where FSDP does not take it
+    with torch.random.fork_rng(devices=[]):  # an adapter begins with random weights
+        drawing.add_adapter(LoraConfig(**transformer.peft_config["default"].to_dict()))
+    set_peft_model_state_dict(drawing, get_peft_model_state_dict(transformer))
+    return drawing.eval()
 
 
 def save_pictures(
     images: list[Image.Image], drawings: list[Drawing], kind: str, step: int, held_out: float | None, run: Run
 ) -> list[dict[str, Any]]:
-    """Save pictures, note for the page what it says of each, and send them to the trackers; returns the card's."""
+    """Save pictures, note them in `run.json` for the page, and send them to the trackers; returns the card's."""
     output, number_of_each, gallery = OutputFolder(run.args.output_dir), run.args.num_validation_images, []
     shown = dict(output.record.get("pictures", {}))
     for n, (image, drawing) in enumerate(zip(images, drawings, strict=True)):
@@ -2318,8 +2309,9 @@ def save_pictures(
             for tracker in run.accelerator.trackers:
                 options = {"dataformats": "HWC"} if tracker.name == "tensorboard" else {}
                 value = [picture] if tracker.name in ("wandb", "swanlab") else picture
-                if hasattr(tracker, "log_images"):  # not all of accelerate's have it
-                    tracker.log_images({f"validation/prompt-{prompt}": value}, step=step, **options)
+                with optional("--report_to"):
+                    if hasattr(tracker, "log_images"):  # not all of accelerate's have it
+                        tracker.log_images({f"validation/prompt-{prompt}": value}, step=step, **options)
     output.update(pictures=shown)
     return gallery
 
@@ -2399,6 +2391,7 @@ class Validation:
 
     def __init__(self, state: TrainingState, data: TrainingData, stop: StopSignal, run: Run) -> None:
         self.state, self.data, self.stop, self.run = state, data, stop, run
+        self.drawing_run = dataclasses.replace(run, pipeline=validation_pipeline(run))
         if "held-out" in data.plan.examples:
             with eval_mode(state.transformer, "default"):
                 self.base = held_out_loss(state.transformer, data, run)  # of the untrained model
@@ -2406,8 +2399,7 @@ class Validation:
     def draw(self, drawings: list[Drawing]) -> list[Image.Image]:
         """Draw pictures, and leave the training as it is; none where one cannot be drawn, or on a stop."""
         run, transformer, embeds = self.run, self.state.transformer, self.data.prompt_embeds
-        drawing_run, jobs = dataclasses.replace(run, pipeline=validation_pipeline(run)), range(len(drawings))
-        drawn, images, other = {}, [], bool(run.args.validation_model_path)
+        jobs, drawn, images, other = range(len(drawings)), {}, [], bool(run.args.validation_model_path)
         at_once = 1 if run.sharded else run.accelerator.num_processes
         with eval_mode(transformer), training_utils.offload_models(transformer, device="cpu", offload=other):
             model = None if other else transformer
@@ -2417,8 +2409,8 @@ class Validation:
                 turn = jobs[first : first + at_once]
                 for n in turn if run.sharded else run.own_part(turn):
                     with optional("Drawing a picture"):
-                        model = model or with_same_lora(transformer, drawing_run)
-                        (drawn[n],) = draw_latents(model, drawings[n], [drawings[n].seed], embeds, drawing_run)
+                        model = model or with_same_lora(transformer, self.drawing_run)
+                        (drawn[n],) = draw_latents(model, drawings[n], [drawings[n].seed], embeds, self.drawing_run)
             del model
             release_memory()  # before the VAE comes, and the transformer again: layers of bitsandbytes are in cycles
             with optional("Decoding the pictures"):
@@ -2514,10 +2506,11 @@ def compute_ends(blocks: Sequence[torch.nn.Module]) -> None:
     kinds, computing, kept = {}, set(), {}
 
     def run_block(block: torch.nn.Module, forward: Callable, x: Tensor, *inputs: Any, **more: Any) -> Tensor:
-        for other in blocks if not kinds else ():  # now that they are quantized and have their LoRA
-            tensors = [(name, p.shape, p.dtype, p.requires_grad) for name, p in other.named_parameters()]
-            kinds[other] = (getattr(other, "recomputed", None), *tensors)
-        computing.update({kinds[b]: b for b in blocks}.values(), {kinds[b]: b for b in blocks[::-1]}.values())
+        if not kinds:  # now that they are quantized and have their LoRA
+            for other in blocks:
+                tensors = [(name, p.shape, p.dtype, p.requires_grad) for name, p in other.named_parameters()]
+                kinds[other] = (getattr(other, "recomputed", None), *tensors)
+            computing.update({kinds[b]: b for b in blocks[::-1]}.values(), {kinds[b]: b for b in blocks}.values())
         key = (kinds[block], x.shape, x.requires_grad, torch.is_grad_enabled())
         if block in computing or key not in kept:
             computing.add(block)  # in the backward pass too
@@ -2624,12 +2617,13 @@ def draw_once(transformer: ZImageTransformer2DModel, size: Size, tokens: int, st
 
 
 def largest_micro_batch(plan: TrainingPlan, run: Run) -> tuple[int, Size, int, bool]:
-    """Its samples, size and tokens, in the run's first 100 updates; and whether some of them has several."""
-    examples, updates = plan.examples, []
+    """Its samples, size and tokens, in the run's first 100 updates; and whether an update has several."""
+    examples = plan.examples
     if plan.missing_class_images and not examples["class"]:
-        own = {"kind": "class", "caption": run.args.class_prompt, "bucket": drawing_of("", run.args, own=True).size}
+        own = {"kind": "class", "caption": run.args.class_prompt, "bucket": drawing_of("", run.args).size}
         examples = examples | {"class": [dataclasses.replace(examples["instance"][0], **own)]}
     plan = TrainingPlan(examples, plan.tokens, run)
+    updates = [[(1, *plan.key(plan.update(0)[0]))]]  # also where this process has no sample
     for step in range(min(plan.max_train_steps, 100)):
         updates.append([(len(batch), *plan.key(batch[0])) for batch in plan.micro_batches(step)])
     sizes = {n * (h * w / SIZE_MULTIPLE**2 + t * TOKEN_MULTIPLE): (n, h, w, t) for n, h, w, t in sum(updates, [])}
@@ -2643,9 +2637,9 @@ def encoding_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
     encode_once(prompt, fake)
     counter.peak /= run.accelerator.num_processes if args.fsdp_text_encoder else 1
     yield "text encoder"
-    class_sizes = [drawing_of("", args, own=True).size] if plan.missing_class_images else []
+    class_sizes = [drawing_of("", args, by_pipeline=True).size] if plan.missing_class_images else []
     sizes = [e.bucket for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]
-    if sizes := sizes + class_sizes * args.cache_latents:
+    if sizes := sizes + (class_sizes if args.cache_latents else []):
         encode_images(load_vae(fake), torch.empty(1, 3, *max(sizes, key=math.prod), device=COUNTED), fake)
         yield "VAE"
     for size in class_sizes:
@@ -2665,6 +2659,9 @@ def training_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
         share = 1 / run.accelerator.num_processes + 2 / len(transformer_blocks(transformer))
         counter.live = counter.peak = int(counter.live * min(1, share))
     parameters = add_lora(transformer, fake)
+    for layer in transformer.modules():
+        if isinstance(layer, torch.nn.Dropout):  # whose masks are of bytes on a GPU, and of numbers on the CPU
+            layer.forward = lambda x, layer=layer: torch.native_dropout(x, layer.p, layer.training)[0]
     optimizer = build_optimizer(parameters, args, args.learning_rate)
     vae = None if args.cache_latents else load_vae(fake)
     average = [torch.zeros_like(parameter) for parameter in parameters] if args.ema_decay else []  # noqa: F841
@@ -2709,7 +2706,7 @@ def count_memory(plan: TrainingPlan, run: Run, training_alone: bool = False) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What fits
+# The plan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2717,7 +2714,7 @@ GIB = 2**30
 CONTEXT = 0.8e9  # bytes that CUDA's context and libraries take of a card
 FRAGMENTATION = 1.08  # what the allocator takes for each byte of tensors
 LESS_MEMORY = [(name, True) for name in ("cache_latents", "gradient_checkpointing", "use_8bit_adam", "offload")]
-LESS_MEMORY += [("base_model_precision", "int8"), ("base_model_precision", "nf4"), ("train_batch_size", 1)]
+LESS_MEMORY += [("base_model_precision", "int8"), ("base_model_precision", "nf4")]
 
 
 def room_for_tensors(run: Run) -> float:
@@ -2725,8 +2722,9 @@ def room_for_tensors(run: Run) -> float:
     device = run.accelerator.device
     if run.args.plan_for:
         free = run.args.plan_for * GIB - CONTEXT
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    elif device.type not in ("cpu", "mps"):  # which take of the host's
+        module = torch.get_device_module(device)
+        free = module.mem_get_info(device)[0] + module.memory_reserved(device)
     else:
         free = psutil.virtual_memory().available
     return free / FRAGMENTATION
@@ -2738,12 +2736,16 @@ def suggest_flags(plan: TrainingPlan, run: Run) -> str:
     given = vars(args) | {"gradient_checkpointing": run.checkpointed_fraction >= 1}
     useless = {"use_8bit_adam": args.optimizer != "adamw", "base_model_precision": args.bnb_quantization_config_path}
     alone = [{name: value} for name, value in LESS_MEMORY if given[name] != value and not useless.get(name)]
+    if args.train_batch_size > 1:  # in updates of as many pictures
+        steps = args.train_batch_size * args.gradient_accumulation_steps
+        alone.append({"train_batch_size": 1, "gradient_accumulation_steps": steps})
     together = list(itertools.accumulate(alone, operator.or_))[1:]
     for changes in itertools.chain(alone, (several for several in together if not fitting)):
         flags = " ".join(f"--{name}" + f" {value}" * (value is not True) for name, value in changes.items())
+        flags += " without --do_fp8_training" * (args.do_fp8_training and "base_model_precision" in changes)
         other = argparse.Namespace(**vars(args) | changes)
         fraction = changes.get("gradient_checkpointing", run.fraction)
-        with contextlib.suppress(UserError, ImportError):  # where the flag cannot be had here
+        with contextlib.suppress(Exception):  # where the flag cannot be had here, as its library is missing
             size = max(count_memory(plan, dataclasses.replace(run, args=other, fraction=fraction)).values())
             logger.info(f"  with {flags}: {size / GIB:.2f} at most in all")
             fitting += [f"{flags} ({size / GIB:.1f} GiB)"] if size <= room else []
@@ -2809,17 +2811,13 @@ def plan_memory(plan: TrainingPlan, run: Run) -> tuple[Run, dict[str, float]]:
     return run, counted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def loggable(run: Run) -> dict[str, int | float | str]:
-    """The flags that are set, as trackers and the card may show them: no token, nothing but numbers and texts."""
+    """The flags that are set, as trackers and the card may show them: numbers and texts, no token, no private path."""
     lora = {"rank": run.lora.rank, "lora_alpha": run.lora.alpha, "lora_layers": ",".join(run.lora.targets)}
-    flags = vars(run.args) | lora | {"hub_token": None}
+    flags = vars(run.args) | lora | {"hub_token": None, "resolution": ",".join(map(str, run.args.resolution))}
+    flags |= {n: "; ".join(d.prompt for d in flags[n]) for n in ("validation_prompt", "final_validation_prompt")}
     flags = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flags.items()}
-    return {name: value for name, value in flags.items() if str(value) not in ("None", "False", "[]")}
+    return {n: v for n, v in flags.items() if str(v) not in ("None", "False", "") and not os.path.isabs(str(v))}
 
 
 def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
@@ -2933,10 +2931,6 @@ def check_fingerprint(checkpoint: Checkpoint | None, current: dict[str, Any]) ->
         raise UserError(f"--resume_from_checkpoint {checkpoint.path}: take its settings or start anew. {serious}")
     for text in changes.values():
         logger.warning(f"Resuming with a change: {text}")
-    if "samples in all" in changes:
-        passed_over = checkpoint.step * current["total batch size"] - saved.get("samples in all", math.inf)
-        if passed_over > 0:
-            logger.info(f"The run ended in a smaller update: {passed_over} samples, the rest of it, are passed over")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2986,7 +2980,6 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
         shutil.rmtree(path, ignore_errors=True)
     if checkpoint:
         return output.update(finished=False)
-
     # What an earlier run left moves away, so that the two neither mix nor clash
     left = [*filter(output.owns, output.record["files"]), *(path.name for path in list_checkpoints(output.path))]
     if not left:
@@ -3011,7 +3004,7 @@ def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"]
     about = {"library_name": "diffusers", "license": "apache-2.0", "base_model": on_hub or None, "tags": tags}
     data = ModelCardData(**about, instance_prompt=trigger or None, widget=gallery or None)
-    own = drawing_of("", args, own=True)
+    own = drawing_of("", args, by_pipeline=True)
     (height, width), steps, guidance = own.size, own.steps, own.guidance
     text = f"""---
 {data.to_yaml()}
@@ -3053,7 +3046,7 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
         write_model_card(repository, gallery, run)
     with optional(RUN_FILE):
         OutputFolder(args.output_dir).update(finished=True, steps=plan.max_train_steps, seed=run.seed)
-    shown = drawing_of(plan.examples["instance"][0].caption, args, own=bool(args.validation_model_path))
+    shown = drawing_of(plan.examples["instance"][0].caption, args, by_pipeline=bool(args.validation_model_path))
     size = "height={}, width={}".format(*shown.size)
     logger.info(
         "To use the LoRA, after `import torch` and `from diffusers import ZImagePipeline`:\n"
@@ -3118,15 +3111,14 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     for parameter in state.parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
-    sums = torch.stack([loss, torch.full_like(loss, float(not stopping))])
+    sums = torch.stack([loss, torch.full_like(loss, float(stopping))])
     if run.accelerator.num_processes > 1:
         tensors = [*(parameter.grad for parameter in state.parameters), sums]
         flat = torch.nn.utils.parameters_to_vector(tensors)
         torch.nn.utils.vector_to_parameters(run.accelerator.reduce(flat, reduction="sum"), tensors)
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
-    loss, going_on, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
-    stopping = going_on < run.accelerator.num_processes
+    loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
     if stopping and not math.isfinite(loss):
         return loss, True, norm
     if math.isfinite(loss + norm):
@@ -3139,7 +3131,7 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     if state.ema_decay:
         torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - state.ema_decay)
     state.step += 1
-    return loss, stopping, norm
+    return loss, stopping > 0, norm
 
 
 def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> bool:
@@ -3167,7 +3159,6 @@ def train(state: TrainingState, validation: Validation, fingerprint: dict[str, A
                     shown |= metrics | {"loss": before + 0.05 * (loss - before)}  # smoothed over some twenty updates
             if skipped_in_a_row == 10:
                 raise TrainingError("ten steps in a row had no finite gradient: lower --learning_rate, or take bf16")
-
             if stopping or step % run.args.checkpointing_steps == 0:
                 if accelerator.is_main_process:
                     save_checkpoint(state, fingerprint, run)
@@ -3184,10 +3175,10 @@ def main(args: argparse.Namespace) -> None:
     """Train as `args` (of `parse_args`) says. Raises UserError for what the user can correct."""
     accelerator = start_run(args)
     checkpoint = find_checkpoint(args)
-    drawn = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # by all, whatever each has found
-    seed = next(seed for seed in (args.seed, checkpoint and checkpoint.seed, drawn) if seed is not None)
+    new_seed = broadcast_object_list([random.SystemRandom().randrange(2**32)])[0]  # all must take part
+    seed = next(seed for seed in (args.seed, checkpoint and checkpoint.seed, new_seed) if seed is not None)
     if args.seed is None and not checkpoint:
-        logger.info(f"--seed was not given: drew {drawn}")
+        logger.info(f"--seed was not given: drew {new_seed}")
     pipeline = read_pipeline_info(args, accelerator)
     lora = read_lora_settings(args, pipeline.transformer_config)
     run = Run(args, accelerator, pipeline, seed, DTYPES[accelerator.mixed_precision], lora)
@@ -3215,7 +3206,9 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.dry_run:
         if Path(sys.argv[0]).name == Path(__file__).name:  # not in a notebook
-            command = re.sub(r" --(dr\w*|(pl|hub_t)\w*[= ]\S+)", "", shlex.join(sys.argv))  # nor beginnings of flags
+            left_out, values = re.compile("--(dr|pl|hub_t)"), re.compile("--(pl|hub_t)[^=]*")  # by beginnings of flags
+            pairs = itertools.pairwise(["", *sys.argv])
+            command = shlex.join(w for last, w in pairs if not left_out.match(w) and not values.fullmatch(last))
             logger.info(f"To train, with the launcher's flags that you gave: accelerate launch {command}")
         return
     if accelerator.is_main_process:
@@ -3236,7 +3229,7 @@ def main(args: argparse.Namespace) -> None:
         data.latents = cache_latents(cached, run)
     data.vae = None if args.cache_latents else load_vae(run)
 
-    # Training, and the result: once the LoRA is saved, nothing that comes after it may end the run in another way
+    # Training, and the result: once the LoRA is saved, nothing that follows may end the run as a failure
     gallery = []
     with watched("training"), StopSignal(functools.partial(list_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
@@ -3246,7 +3239,12 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}")
         if plan.validates(state.step) and state.step < plan.max_train_steps:
             validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
-        finished = train(state, validation, fingerprint, run)
+        try:
+            finished = train(state, validation, fingerprint, run)
+        except UserError:  # a picture that can no longer be read must not cost the updates before it
+            if accelerator.is_main_process:
+                save_checkpoint(state, fingerprint, run)
+            raise
         if finished:
             if accelerator.is_main_process:
                 with state.averaged():
@@ -3254,7 +3252,9 @@ def main(args: argparse.Namespace) -> None:
             accelerator.wait_for_everyone()
             with optional("The last validation"):
                 gallery = validation(final=True)
-    end = "The run ended" if finished else "Stopped. To go on: the same command with --resume_from_checkpoint latest."
+    kept = list_checkpoints(args.output_dir)
+    go_on = "To go on: the same command with --resume_from_checkpoint latest." if kept else "There is no checkpoint."
+    end = "The run ended" if finished else f"Stopped. {go_on}"
     validation.write_page(end)
     with optional("--report_to"):
         accelerator.end_training()

@@ -394,7 +394,9 @@ def test_the_plan_says_what_becomes_of_the_pictures_and_captions(model_without_w
         "5 steps of 2 pictures: 1.2 epochs of 8 samples",
     ):
         assert line in finished.stderr.splitlines(), finished
-    assert re.search(r"--max_sequence_length 512 cuts a prompt of \d+ tokens: 'x+'\.\.\. ends at", finished.stderr)
+    assert re.search(
+        r"--max_sequence_length: a prompt of \d+ tokens is cut to 512: 'x+'\.\.\. ends at", finished.stderr
+    )
 
 
 def test_the_plan_counts_the_parameters_that_a_run_saves(tiny_model, photos, tmp_path):
@@ -408,12 +410,14 @@ def test_the_plan_counts_the_parameters_that_a_run_saves(tiny_model, photos, tmp
 
 
 def test_the_plan_says_what_flags_about_memory_would_change(tiny_model, photos, tmp_path, uncounted):
-    flags = {"dry_run": True, "plan_for": 8, "mixed_precision": "bf16", "offload": True}
+    flags = {"dry_run": True, "plan_for": 8, "mixed_precision": "bf16", "offload": True, "do_fp8_training": True}
+    flags |= {"train_batch_size": 3, "gradient_accumulation_steps": 2}
     finished = run_here(*train_args(tiny_model, photos, tmp_path / "out", **flags))
     assert "Expected peak memory, GiB: training 0.00" in finished.stderr
     told = re.findall(r"^  with (--.*): [\d.]+ at most in all$", finished.stderr, re.MULTILINE)
-    precisions = [f"--base_model_precision {precision}" for precision in ("int8", "nf4")]
-    assert told == ["--cache_latents", "--gradient_checkpointing", "--use_8bit_adam", *precisions]
+    precisions = [f"--base_model_precision {precision} without --do_fp8_training" for precision in ("int8", "nf4")]
+    smaller = "--train_batch_size 1 --gradient_accumulation_steps 6"  # an update has as many pictures
+    assert told == ["--cache_latents", "--gradient_checkpointing", "--use_8bit_adam", *precisions, smaller]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,7 +427,7 @@ def test_the_plan_says_what_flags_about_memory_would_change(tiny_model, photos, 
 
 @pytest.mark.parametrize("flags", [["--hub_token", "secret", "--dry"], ["--hub_tok=secret", "--plan=8", "--dry_run"]])
 def test_a_dry_run_ends_with_the_command_to_type_next(flags, model_without_weights, photos, tmp_path, uncounted):
-    argv = train_args(model_without_weights, photos, tmp_path / "out", instance_prompt="a dog's --d")
+    argv = train_args(model_without_weights, photos, tmp_path / "out", instance_prompt="a dog's --dragon on --plate x")
     last = run_here(*argv[:-1], *flags, argv[-1]).stderr.splitlines()[-1]
     assert last.endswith(f"accelerate launch {shlex.join([SCRIPT.name, *argv])}")
 

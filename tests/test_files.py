@@ -397,6 +397,7 @@ def test_a_file_of_anything_else_is_refused_for_what_it_is(weights, config, tiny
         assert f"stores weights as {form}: give" in refusal(scaled | comfy_quant(scaled, form))
         layers = {"layers": {"layers.0.attention.qkv": {"format": form}}}
         assert f"stores weights as {form}: give" in refusal(scaled, {"_quantization_metadata": json.dumps(layers)})
+    assert "what it says of its formats is not JSON" in refusal(scaled, {"_quantization_metadata": "{"})
     blocks = {name: torch.ones(3, 3) for name in scaled if name.endswith("weight_scale")}
     assert "has scales for blocks of " in refusal(scaled | blocks)
     note = {"layers.0.attention.qkv.comfy_quant": torch.tensor([*b"{no"], dtype=torch.uint8)}

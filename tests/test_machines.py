@@ -26,6 +26,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import save_file
@@ -140,6 +141,45 @@ def test_a_tracker_that_breaks_is_said_once_and_the_run_goes_on(fault, place, tr
     status, output = train(max_train_steps=3)
     assert status == 0 and output.count("--report_to failed (it broke)") == 1
     assert (tmp_path / "out" / LORA).is_file()
+
+
+def test_a_tracker_that_takes_no_pictures_costs_none(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(TensorBoardTracker, "log_images", break_something)
+    status, output = train(**PICTURES, report_to="tensorboard", max_train_steps=1)
+    assert status == 0 and output.count("--report_to failed (it broke)") == 1
+    page = (tmp_path / "out" / "samples" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img") == len([*(tmp_path / "out" / "samples").glob("step-*.png")]) == 2
+
+
+def test_a_picture_that_can_no_longer_be_read_costs_no_update(train, tmp_path, monkeypatch):
+    load_picture, read = trainer.load_picture, []
+
+    def fail_in_the_third_update(example, **options):
+        read.append(example)
+        if len(read) == 6 + 3:  # each was looked at before
+            raise trainer.UserError("it is gone")
+        return load_picture(example, **options)
+
+    monkeypatch.setattr(trainer, "load_picture", fail_in_the_third_update)
+    status, output = train(max_train_steps=4)
+    assert status == 2 and output.splitlines()[-1].endswith("error: it is gone")
+    assert checkpoints(tmp_path / "out") == ["checkpoint-2"]
+
+
+def test_a_run_that_stopped_without_a_checkpoint_says_so(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "train", lambda *args: False)
+    assert train()[1].splitlines()[-1] == "Stopped. There is no checkpoint."
+    write(tmp_path / "out", **{"checkpoint-1__manifest_dot_json": "{}"})
+    monkeypatch.setattr(trainer, "prepare_output", lambda *args: None)
+    assert train()[1].splitlines()[-1].endswith("--resume_from_checkpoint latest.")
+
+
+def test_the_launchers_accumulation_does_not_divide_the_loss(train, tmp_path, monkeypatch):
+    train(output_dir=tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train()
+    plain, divided = (trainer.load_file(tmp_path / name / LORA) for name in ("plain", "out"))
+    assert all(torch.equal(plain[name], divided[name]) for name in plain)
 
 
 def test_a_run_whose_standard_output_is_closed_ends_with_status_0(tiny_model, shared_photos, tmp_path):
@@ -321,6 +361,16 @@ def test_folders_and_files_of_the_user_that_look_like_checkpoints_stay(train, tm
     assert status == 0 and output.count("checkpoint-2 could not be saved") == 1
     assert {name: snapshot(out)[name] for name in mine} == mine
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_checkpoint_with_a_note_of_the_user_is_kept_where_a_new_one_would_take_its_place(train, tmp_path):
+    train(checkpointing_steps=1)
+    (tmp_path / "out" / "checkpoint-2" / "note").write_text("mine")
+    before = snapshot(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"finished": False, "files": {LORA: None}}))
+    status, output = train(checkpointing_steps=1, resume_from_checkpoint="checkpoint-1")
+    assert status == 0 and output.count("checkpoint-2 could not be saved (it holds other files: move them away)") == 1
+    assert snapshot(tmp_path / "out" / "checkpoint-2") == before
 
 
 def test_a_note_of_the_user_in_a_checkpoint_outlives_it(tmp_path):

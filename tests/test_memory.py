@@ -344,6 +344,14 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles_once(error, tiny_model,
     assert sum("decoded in tiles" in message for message in caplog.messages) == 1
 
 
+def test_free_memory_is_that_of_the_device_whichever_it_is(tiny_model, monkeypatch):
+    run = make_run(tiny_model)
+    run.accelerator.device = torch.device("xpu", 0)
+    module = SimpleNamespace(mem_get_info=lambda device: (5e9, 9e9), memory_reserved=lambda device: 1e9)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert trainer.room_for_tensors(run) == pytest.approx(6e9 / 1.08)
+
+
 def test_a_plan_for_a_card_that_is_not_here_is_a_dry_run(tiny_model):
     with pytest.raises(trainer.UserError, match="--dry_run"):
         make_run(tiny_model, plan_for=8)

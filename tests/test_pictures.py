@@ -328,6 +328,9 @@ def test_pictures_without_a_caption_are_named_where_there_is_no_prompt(tmp_path)
         ("sks", "in a bucket", "sks in a bucket"),
         ("sks ", "sks in a bucket", "sks in a bucket"),
         ("一只狗，", "在桶里", "一只狗，在桶里"),
+        ("一只狗", "一只狗在桶里", "一只狗在桶里"),
+        ("cat", "cathedral at dusk", "cat cathedral at dusk"),
+        ("cat", "cat, at dusk", "cat, at dusk"),
     ],
 )
 def test_a_prefix_comes_before_every_caption_that_does_not_begin_with_it(prefix, caption, expected, tmp_path):

@@ -456,6 +456,13 @@ def test_the_card_has_the_flags_of_the_run_zeros_too_and_no_token(tmp_path):
     assert "do_fp8_training" not in flags and "max_train_steps" not in flags
 
 
+def test_the_cards_flags_are_as_they_were_typed_without_folders_of_this_machine(tmp_path):
+    card = write_card(tmp_path, "--resolution=512,768", "--validation_prompt=a dog --x", "--cache_dir=~/hub")
+    flags = flags_of(card)
+    assert flags["resolution"] == "512,768" and flags["validation_prompt"] == "a dog --x"
+    assert str(tmp_path) not in card and "cache_dir" not in flags
+
+
 def test_the_cards_program_loads_the_uploaded_lora(tmp_path, runs):
     assert loaded_lora(write_card(tmp_path, "--hub_model_id=someone/dog")) == "someone/dog"
     assert loaded_lora((runs["pushed"].out / "README.md").read_text(encoding="utf-8")) == "someone/private-dog"

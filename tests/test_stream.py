@@ -167,7 +167,7 @@ def test_validation_comes_when_the_samples_seen_pass_a_multiple_of_its_epochs(pi
     assert [step for step in range(10) if plan.validates(step)] == steps
 
 
-def test_a_run_set_by_epochs_goes_on_when_it_is_made_longer_and_says_what_is_passed_over(tiny_model, photos, tmp_path):
+def test_a_run_set_by_epochs_goes_on_when_it_is_made_longer(tiny_model, photos, tmp_path):
     flags = {"train_batch_size": 4, "max_train_steps": None, "cache_latents": True, "checkpointing_steps": 2}
     argv = train_args(tiny_model, photos, tmp_path / "out", **flags)
     log = tmp_path / "log.txt"
@@ -175,10 +175,13 @@ def test_a_run_set_by_epochs_goes_on_when_it_is_made_longer_and_says_what_is_pas
     assert "2 steps of 4 pictures: 1.0 epochs of 6 samples" in first.output
     longer = fork_trainer(*argv, "--num_train_epochs=3", "--resume_from_checkpoint=latest", log=log)
     assert "5 steps of 4 pictures: 3.0 epochs of 6 samples" in longer.output
-    (line,) = [line for line in longer.output.splitlines() if "passed over" in line]
-    assert "2 samples" in line and "step 3/5" in longer.output
-    again = fork_trainer(*argv, "--num_train_epochs=4", "--resume_from_checkpoint=checkpoint-4", log=log)
-    assert "passed over" not in again.output  # the fourth update was whole
+    assert "Resuming with a change: samples in all was 6, is 18" in longer.output and "step 3/5" in longer.output
+
+
+@pytest.mark.parametrize("process", range(4))
+def test_memory_is_counted_for_a_process_without_a_sample_too(process):
+    plan = make_plan(pictures=1, processes=4, process=process, train_batch_size=1)
+    assert trainer.largest_micro_batch(plan, plan.run) == (1, SHAPES[0], 32, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +284,9 @@ def reader():
 
     def reader(load, jobs, threads=2, stopping=lambda: False):
         accelerator = SimpleNamespace(device=torch.device("cpu"))
-        run = SimpleNamespace(args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator)
+        run = SimpleNamespace(
+            args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator, sharded=False
+        )
         data = trainer.TrainingData(None, {}, None, run)
         data.load = load
         opened.append(data.read_ahead(iter(jobs), stopping))

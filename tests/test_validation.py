@@ -4,11 +4,13 @@ The runs are of a few steps in this process; several tests look at the same ones
 `ZImagePipeline` itself draws from the same noise.
 """
 
+import json
 import os
 import pickle
 import random
 import re
 import resource
+import shutil
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -24,6 +26,7 @@ from PIL import Image, ImageOps
 from transformers import Qwen3Model
 
 import train_dreambooth_lora_z_image as trainer
+from test_compile import make_run
 from tiny import build_tiny_pipeline, events, lora_tensors, train_args
 
 
@@ -669,6 +672,24 @@ def test_validation_model_path_draws_with_that_model_and_its_scheduler_with_the_
 def test_a_validation_model_that_does_not_exist_is_named_before_training(tiny_model, shared_photos, tmp_path):
     with pytest.raises(trainer.UserError, match=f"--validation_model_path:? {re.escape(str(tmp_path))}"):
         train(tiny_model, shared_photos, tmp_path / "out", validation_model_path=tmp_path, dry_run=True)
+
+
+def test_a_validation_model_of_another_size_is_refused_before_training(tiny_model, shared_photos, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    config = json.loads((other / "transformer" / "config.json").read_text())
+    (other / "transformer" / "config.json").write_text(json.dumps(config | {"n_layers": 7}))
+    with pytest.raises(trainer.UserError, match="--validation_model_path .*: its transformer has another size"):
+        train(tiny_model, shared_photos, tmp_path / "out", validation_model_path=other)
+
+
+@pytest.mark.parametrize(("dry_run", "wanted"), [(True, "transformer/*.json"), (False, "transformer/*")])
+def test_a_dry_run_downloads_no_weights_of_the_validation_model(dry_run, wanted, tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        trainer, "snapshot_download", lambda name, allow_patterns, **_: asked.extend(allow_patterns) or str(tiny_model)
+    )
+    trainer.validation_pipeline(make_run(tiny_model, validation_model_path="org/turbo", dry_run=dry_run))
+    assert asked == ["scheduler/*", wanted]
 
 
 @pytest.fixture(scope="module")
