@@ -2044,10 +2044,9 @@ def build_optimizer(parameters: list[Parameter], args: argparse.Namespace, learn
     needed = "--optimizer prodigy needs pip install prodigyopt, --use_8bit_adam needs pip install bitsandbytes"
     with user_errors(needed, ImportError):
         if args.optimizer == "prodigy":
-            prodigy = importlib.import_module("prodigyopt").Prodigy
-            options |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
-            options["use_bias_correction"] = args.prodigy_use_bias_correction
-            return prodigy(parameters, **options, safeguard_warmup=args.prodigy_safeguard_warmup)
+            options |= {"beta3": args.prodigy_beta3, "safeguard_warmup": args.prodigy_safeguard_warmup}
+            options |= {"decouple": args.prodigy_decouple, "use_bias_correction": args.prodigy_use_bias_correction}
+            return importlib.import_module("prodigyopt").Prodigy(parameters, **options)
         if args.use_8bit_adam:
             return importlib.import_module("bitsandbytes.optim").AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
@@ -3111,14 +3110,15 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     for parameter in state.parameters:
         if parameter.grad is None:  # this process had no sample in the update
             parameter.grad = torch.zeros_like(parameter)
-    sums = torch.stack([loss, torch.full_like(loss, float(stopping))])
+    sums = torch.stack([loss, torch.full_like(loss, float(not stopping))])
     if run.accelerator.num_processes > 1:
         tensors = [*(parameter.grad for parameter in state.parameters), sums]
         flat = torch.nn.utils.parameters_to_vector(tensors)
         torch.nn.utils.vector_to_parameters(run.accelerator.reduce(flat, reduction="sum"), tensors)
     run.accelerator.unscale_gradients(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, run.args.max_grad_norm)
-    loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
+    loss, going_on, norm = torch.cat([sums, norm[None]]).tolist()  # the update's one wait for the device
+    stopping = going_on < run.accelerator.num_processes
     if stopping and not math.isfinite(loss):
         return loss, True, norm
     if math.isfinite(loss + norm):
@@ -3131,7 +3131,7 @@ def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run
     if state.ema_decay:
         torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - state.ema_decay)
     state.step += 1
-    return loss, stopping > 0, norm
+    return loss, stopping, norm
 
 
 def train(state: TrainingState, validation: Validation, fingerprint: dict[str, Any], run: Run) -> bool:
