@@ -60,13 +60,13 @@ def bf16_lora():
     trainer.build_optimizer = build_optimizer
 
 
-def bitsandbytes_on_cpu():
-    """bitsandbytes has kernels for the CPU; diffusers would not ask for them."""
+def bitsandbytes_on_cpu(set_attribute=setattr):
+    """bitsandbytes has kernels for the CPU; diffusers would not ask for them. For this process, or as monkeypatch."""
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
     for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
-        quantizer.validate_environment = lambda self, *args, **kwargs: None
-        quantizer.update_device_map = lambda self, device_map: device_map or {"": "cpu"}
+        set_attribute(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+        set_attribute(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
 
 
 CHANGES = {change.__name__: change for change in (velocity, time, latent_scale, captions, bf16_lora)}

@@ -251,8 +251,8 @@ def test_memory_is_counted_where_another_mode_is_active_and_leaves_no_trace(tiny
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_model_is_quantized_after_its_memory_was_counted(tiny_model):
-    bitsandbytes_on_cpu()
+def test_a_model_is_quantized_after_its_memory_was_counted(tiny_model, monkeypatch):
+    bitsandbytes_on_cpu(monkeypatch.setattr)
     run = make_run(tiny_model, "bf16", cache_latents=True, base_model_precision="nf4")
     bitsandbytes.functional.name2qmap.clear()  # as in a new process
     count(run)

@@ -494,7 +494,7 @@ def test_a_run_that_is_stopped_says_so_on_its_page(tiny_model, shared_photos, tm
     monkeypatch.setattr(trainer, "train", lambda *args: False)
     train(tiny_model, shared_photos, tmp_path, **DRAWING, prompts=[DOG])
     page = Page(tmp_path)
-    assert "Stopped" in page.text and "--resume_from_checkpoint" in page.text and "refresh" not in page.html
+    assert "Stopped. There is no checkpoint." in page.text and "refresh" not in page.html
 
 
 def test_a_run_says_where_to_look_and_at_its_end_how_to_use_the_lora(tiny_model, shared_photos, tmp_path, capsys):
