@@ -89,7 +89,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.functional import get_peft_model_state_dict, set_peft_model_state_dict, set_requires_grad
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,9 +107,8 @@ logger = logging.getLogger("train_dreambooth_lora_z_image")
 error_once = functools.cache(logger.error)  # for what could be said at every step
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-STATE_FILE = "training_state.pt"
+STATE_FILE = "training_state.pt"  # this, the LoRA in float32, and the manifest make a checkpoint
 MANIFEST = "manifest.json"
-CHECKPOINT_FILES = (STATE_FILE, LORA_FILE, MANIFEST)  # the LoRA in float32
 RUN_FILE = "run.json"  # in the output folder: what the program made there, and whether the run is finished
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions of a folder's pictures; the first there is holds them
 MASK_ENDING = "-masklabel.png"
@@ -143,9 +142,8 @@ Linear = dict[str, tuple[int, int]]  # {path of a linear layer: (inputs, outputs
 # Small things
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What a system may lack. Windows: SIGHUP and SIGUSR1, opening a folder, fsync of a file that is open for reading; a
-# scanner may hold a file there, which then cannot be renamed. Network mounts: fsync. All but Linux: prctl. All but
-# glibc: malloc_trim. Containers: a home folder, a name for the user. `>&-`, pythonw: standard output.
+# What a system may lack. Windows: SIGHUP, opening a folder, renaming what a scanner holds. Network mounts: fsync.
+# Macs: prctl. Without glibc: malloc_trim. Containers: a home folder, a user's name. `>&-`, pythonw: standard output.
 WINDOWS, LINUX = sys.platform == "win32", sys.platform == "linux"
 STOP_SIGNALS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")]
 LAUNCHER_PREFIXES = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE", "PMI_", "MV2_", "OMP", "FORK_")
@@ -680,8 +678,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in texts:
         if HALF_A_CHARACTER.search("".join(getattr(args, flag) or "")):
             raise UserError(f"--{flag} is not UTF-8")
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
-        raise UserError("--lr_scheduler polynomial ends at 1e-7: give a higher --learning_rate")
+    if args.learning_rate <= {"polynomial": 1e-7}.get(args.lr_scheduler, 0.0 if args.optimizer == "prodigy" else -1):
+        raise UserError("--learning_rate is too low for Prodigy, or polynomial, which ends at 1e-7: give a higher one")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets:
         raise UserError("--aspect_ratio_buckets lists all sizes: give one --resolution, that of drawn pictures")
     if len({*map(round_size, args.resolution)}) < len(args.resolution):
@@ -780,7 +778,7 @@ def scale_wide_numbers(image: Image.Image, file_format: str, tags: Mapping[int, 
     finite = values[np.isfinite(values)]
     black = finite.min(initial=0).item()  # with negative values, those between minimum and maximum are shown
     high = finite.max(initial=black).item()
-    of_16_bits = image.mode.startswith("I;16") or file_format in ("PNG", "PPM")
+    of_16_bits = image.mode.startswith("I;16") or image.mode == "I" and file_format in ("PNG", "PPM")
     whites = [65535] if of_16_bits else [1] * (image.mode == "F") + [255, 65535, 2**31 - 1, 2**32 - 1]
     white = high if black < 0 else min((white for white in whites if white >= high), default=high)
     grey = np.nan_to_num((values.astype(np.float32) - black) * (255 / ((white - black) or 1)))
@@ -818,7 +816,8 @@ def load_picture(example: Example, side: int = MAX_SIDE) -> Image.Image:
         return decode_image(example.name, example.source, side).convert("RGB")
     image = decode_image(example.name, example.source)
     if isinstance(example.mask, Path):
-        image.putalpha(decode_image(str(example.mask), example.mask).convert("L").resize(image.size))
+        mask = decode_image(str(example.mask), example.mask).convert("RGBA")  # what is transparent does not matter
+        image.putalpha(ImageChops.multiply(mask.convert("L"), mask.getchannel("A")).resize(image.size))
     elif image.mode == "RGB":
         image.putalpha(255)
     if image.getextrema()[3][1] == 0:
@@ -902,12 +901,13 @@ def find_in_dataset(args: argparse.Namespace) -> Iterator[Found]:
     columns = f"--image_column {column}, --caption_column {args.caption_column}"
     with user_errors(f"{columns}: {dataset} has only {', '.join(data.column_names)}"):
         data.features[column]  # KeyError where there is none: cast_column would make one
-        data = data.cast_column(column, datasets.Image(decode=False))
-        paths = data.select_columns([column]).flatten()[f"{column}.path"]
+        data = data.with_format(None).cast_column(column, datasets.Image(decode=False))
+        pictures = data.select_columns([column])  # no other column of pictures is decoded
+        paths = pictures.flatten()[f"{column}.path"]
         captions = data[args.caption_column] if args.caption_column else [None] * len(data)
 
     def read(index: int) -> bytes:
-        picture = data[index][column]
+        picture = pictures[index][column]
         if picture["bytes"] is not None:
             return picture["bytes"]
         with fsspec.open(picture["path"]) as file:  # a path may lead into a zip
@@ -928,7 +928,7 @@ def load_examples(kind: str, args: argparse.Namespace) -> list[Example]:
     prompt, prefix, pictures = getattr(args, prompt_flag[2:]), args.caption_prefix or "", []
     found = find_in_dataset(args) if flag == "dataset_name" else find_in_folder(kind, args)
     for name, source, own, words, mask, repeats in found:
-        captions = [*own, (prompt, prompt_flag), (words, "the names of folders")]
+        captions = [*own, (prompt, prompt_flag), (clean_caption(words, name), "the names of folders")]
         text, origin = next(filter(operator.itemgetter(0), captions), ("", prompt_flag))
         if kind != "class" and prefix and not re.match(re.escape(prefix.strip()) + r"(?![A-Za-z0-9])", text):
             text = prefix + " " * (prefix[-1].isascii() and not prefix[-1].isspace()) + text
@@ -1020,7 +1020,7 @@ def read_pipeline_info(args: argparse.Namespace, accelerator: Accelerator) -> Pi
         path = name if local else snapshot_download(name, **where, allow_patterns=small)
         if not local and not args.dry_run:
             where |= {"transformer": None} if args.transformer_path else {}
-            path = DiffusionPipeline.download(name, **where, variant=args.variant)
+            path = str(DiffusionPipeline.download(name, **where, variant=args.variant))
     classes, configs = (ZImagePipeline, ZImageTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler), {}
     for part, cls in zip(("", "transformer", "vae", "scheduler"), classes, strict=True):
         with user_errors(f"{incomplete} {part or 'model_index.json'}"):
@@ -1136,6 +1136,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     for name in [name for name, value in os.environ.items() if not value and name.startswith(LAUNCHER_PREFIXES)]:
         del os.environ[name]  # accelerate would read a number from the empty text
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # accelerate would divide the losses by it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or transformers would load nothing in some processes
+    accelerate.state.AcceleratorState._reset_state()  # of an earlier run in this notebook
+    error_once.cache_clear()
     is_set = accelerate.utils.parse_flag_from_env
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision not in DTYPES or is_set("ACCELERATE_USE_DEEPSPEED") or is_set("ACCELERATE_USE_MEGATRON_LM"):
@@ -1169,7 +1172,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
     """Set up the processes and logging, and check what this machine can do. Raises UserError."""
     accelerator = make_accelerator(args)
     precision, device = accelerator.mixed_precision, accelerator.device.type
-    if LINUX and "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if LINUX and "ACCELERATE_DYNAMO_USE_FULLGRAPH" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # at the death of `accelerate launch`, which does not pass it on
     # The script's lines from the main process, the libraries' only where something is wrong
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
@@ -1179,8 +1182,7 @@ def start_run(args: argparse.Namespace) -> Accelerator:
         library.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product in 8 bits
     # Of int8 layers, --base_adapter, an update that is skipped, rotary embeddings
-    known = ".*(get_apply_tensor_subclass|`peft_config` attribute|`lr_scheduler.step|complex operators)"
-    warnings.filterwarnings("ignore", known)
+    warnings.filterwarnings("ignore", ".*(get_apply_tensor_sub|`peft_config` at|`lr_scheduler.step|complex operators)")
     if args.enable_npu_flash_attention and not accelerate.utils.is_npu_available():
         raise UserError("--enable_npu_flash_attention needs torch_npu and an NPU: leave the flag out")
     if precision == "fp16" and device == "cpu":
@@ -1624,6 +1626,9 @@ def find_lora_file(path: str, cache_dir: str | None) -> Path:
 def read_lora(path: Path, linear: Linear) -> tuple[State, float | None]:
     """A LoRA of diffusers, ComfyUI or kohya: float32 matrices by PEFT's names, and alpha. Raises UserError."""
     header, tensors = safetensors_header(path), {name: tensor.float() for name, tensor in load_file(path).items()}
+    if any(".lora_down." in name for name in tensors):  # OneTrainer's and bare names, as diffusers knows them
+        prefix = re.compile(r"^(?:transformer\.|(?=layers\.|\w+_refiner\.))")
+        tensors = {prefix.sub("diffusion_model.", name): tensor for name, tensor in tensors.items()}
     kind = next(kind for part, kind in KINDS.items() if part in " ".join(tensors))
     if kind != "a LoRA":
         raise UserError(f"{path} is {kind}, not a LoRA: it holds {min(tensors, default='nothing')}")
@@ -1761,7 +1766,7 @@ def save_result(transformer: ZImageTransformer2DModel, run: Run, name: str = LOR
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Objective
+# Objective and samples
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1846,11 +1851,6 @@ def training_loss(
     return (batch.weights * losses).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples and their order
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One example's turn in training."""
@@ -1867,8 +1867,7 @@ class TrainingPlan:
 
     The permutations of the epochs, one after the other, are one stream of instance samples. Update `step`, from 0,
     takes the next `total_batch_size` of them; only the last update of a run set by epochs can be smaller. With prior
-    preservation as many class samples join them, the class images taking turns. A slot is an example in one of its
-    repeats: an epoch takes each once. `tokens` are those of each prompt.
+    preservation as many class samples join them, the class images taking turns.
     """
 
     def __init__(self, examples: Examples, tokens: dict[str, list[int]], run: Run) -> None:
@@ -2112,7 +2111,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint's own files, the manifest last: what is left after a kill can still be told and removed."""
-    for name in CHECKPOINT_FILES:
+    for name in (STATE_FILE, LORA_FILE, MANIFEST):
         (path / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # of files of the user's in it
         path.rmdir()
@@ -2121,7 +2120,7 @@ def remove_checkpoint(path: Path) -> None:
 def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run) -> None:
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest; where it fails, training goes on."""
     output_dir = Path(run.args.output_dir)
-    final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}.part"
+    final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}-{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -2133,8 +2132,6 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
         if final in list_checkpoints(output_dir):
-            if any(path.name not in CHECKPOINT_FILES for path in final.iterdir()):
-                raise FileExistsError("it holds other files: move them away")
             remove_checkpoint(final)
         with optional("The file for ComfyUI"), state.averaged():
             save_for_comfyui(state.transformer, f"-{state.step:06d}", run)
@@ -2190,10 +2187,10 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
 def load_training_state(plan: TrainingPlan, checkpoint: Checkpoint | None, run: Run) -> TrainingState:
     """The transformer with its LoRA, the optimizer and its schedule, as they are at the start or in the checkpoint."""
-    args, transformer = run.args, load_transformer(run)
+    args, warmup, transformer = run.args, run.args.lr_warmup_steps, load_transformer(run)
     parameters = add_lora(transformer, run)
     optimizer = build_optimizer(parameters, args, plan.learning_rate)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": plan.max_train_steps}
+    schedule = {"num_warmup_steps": warmup, "num_training_steps": max(plan.max_train_steps, warmup + 1)}
     schedule |= {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
     scaler = run.accelerator.scaler or torch.amp.GradScaler(enabled=False)
@@ -2827,7 +2824,7 @@ def start_trackers(checkpoint: Checkpoint | None, run: Run) -> None:
         if "swanlab" in map(str, accelerator.log_with):
             raise UserError("--report_to swanlab would store --hub_token: use hf auth login in place of that flag")
     settings: dict[str, Any] = {"clearml": {"auto_connect_arg_parser": False}}  # which would store the token
-    if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve():
+    if checkpoint:
         settings["tensorboard"] = {"purge_step": checkpoint.step + 1}  # or steps would stand there twice
         settings |= {name: {"id": run_id, "resume": "allow"} for name, run_id in checkpoint.trackers.items()}
     with user_errors(f"--logging_dir {args.logging_dir}, --report_to {args.report_to} cannot start"):
@@ -2971,15 +2968,18 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
                     save_file({"probe": torch.zeros(2**14)}, part)
                 load_file(path)
     output = OutputFolder(args.output_dir)
-    if checkpoint and checkpoint.path.resolve().parent == output.path.resolve() and not output.file.exists():
-        output.update(files={LORA_FILE: None})  # the list was removed; the checkpoint says whose folder it is
     if not output.owns(LORA_FILE):
         raise UserError(f"--output_dir {output.path} holds a {LORA_FILE} that is not this program's: move it away")
     for path in output.path.glob(".checkpoint-*.part"):  # of a process that was killed while it saved
         shutil.rmtree(path, ignore_errors=True)
+    # What an earlier run left moves away, or what this one has left behind it, so that the two neither mix nor clash
+    folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
     if checkpoint:
+        for path in list_checkpoints(output.path):
+            if int(path.name[11:]) > checkpoint.step:
+                rename(path, folder / path.name, folders=True)
+                logger.warning(f"{path.name} is of a run that went on: moved to {folder}")
         return output.update(finished=False)
-    # What an earlier run left moves away, so that the two neither mix nor clash
     left = [*filter(output.owns, output.record["files"]), *(path.name for path in list_checkpoints(output.path))]
     if not left:
         return
@@ -2987,7 +2987,6 @@ def prepare_output(args: argparse.Namespace, checkpoint: Checkpoint | None, draw
     inside = output.path.resolve() in logs.parents  # elsewhere, they can be those of other runs too
     if inside and all(own_log.fullmatch(path.name) for path in logs.rglob("*") if not path.is_dir()):
         left.append(logs.relative_to(output.path.resolve()))
-    folder = next(path for n in itertools.count(1) if not (path := output.path / f"earlier-run-{n}").exists())
     for name in [*left, RUN_FILE]:
         if (output.path / name).exists():
             rename(output.path / name, folder / name, folders=True)
@@ -3000,6 +2999,7 @@ def write_model_card(repository: str, gallery: list[dict[str, Any]], run: Run) -
     trigger = args.instance_prompt or (args.caption_prefix or "").strip(" ,")
     prompts = [drawing.prompt for drawing in args.final_validation_prompt] + [trigger or "a photo"]
     on_hub = [name for name in (base, args.validation_model_path) if name and not os.path.exists(name)]
+    base = base if base in on_hub else Path(base).name  # the folder is nobody's business
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "z-image", "template:sd-lora"]
     about = {"library_name": "diffusers", "license": "apache-2.0", "base_model": on_hub or None, "tags": tags}
     data = ModelCardData(**about, instance_prompt=trigger or None, widget=gallery or None)
@@ -3060,6 +3060,8 @@ def publish(gallery: list[dict[str, Any]], validation: Validation, run: Run) -> 
     try:
         api = HfApi(token=args.hub_token)
         repository = api.create_repo(repository, private=args.hub_private or None, exist_ok=True).repo_id
+        if args.hub_private and api.repo_exists(repository):  # perhaps from before, and public
+            api.update_repo_settings(repository, private=True)
         card = write_model_card(repository, gallery, run)  # its owner is known now
         output = OutputFolder(args.output_dir)
         paths = (path for pattern in patterns for path in output.path.glob(pattern))
@@ -3102,9 +3104,8 @@ def accumulate_gradients(state: TrainingState, vae: AutoencoderKL | None, batche
 def apply_gradients(state: TrainingState, loss: Tensor, stopping: bool, run: Run) -> tuple[float, bool, float]:
     """Add up gradients and loss over the processes, clip, and step the optimizer where all is finite.
 
-    Returns the loss, whether to stop, as any process may ask, and the norm of the gradients. Nothing changes where the
-    run stops amid the update. Every process holds the whole LoRA, so that one exchange is enough; a wrapped model
-    would average the gradients of each backward pass.
+    Returns the loss, whether to stop, as any process may ask, and the gradients' norm; amid an update nothing changes.
+    Each process holds the whole LoRA: one exchange is enough, where a wrapped model averages after each backward pass.
     """
     assert loss.ndim == 0
     for parameter in state.parameters:
@@ -3186,9 +3187,8 @@ def main(args: argparse.Namespace) -> None:
     # What is needed later, for mistakes in it to end the run before anything is loaded
     check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    for used in {pipeline, validation_pipeline(run)}:
-        if used.transformer_file:
-            read_transformer_file(used)
+    for used in {info for info in (pipeline, validation_pipeline(run)) if info.transformer_file}:
+        read_transformer_file(used)
 
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
     kinds = {"instance": True, "class": args.with_prior_preservation, "held-out": args.validation_data_dir}
@@ -3201,7 +3201,8 @@ def main(args: argparse.Namespace) -> None:
     fingerprint = make_fingerprint(plan, run)
     check_fingerprint(checkpoint, fingerprint)
     earlier = OutputFolder(args.output_dir).record
-    if args.resume_from_checkpoint and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
+    own = checkpoint if checkpoint and checkpoint.path.resolve().parent == Path(args.output_dir).resolve() else None
+    if own and earlier["finished"] and earlier["steps"] >= plan.max_train_steps:
         logger.info(f"{args.output_dir} holds a finished run, which is left alone. To go on, raise --max_train_steps")
         return
     if args.dry_run:
@@ -3212,9 +3213,9 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"To train, with the launcher's flags that you gave: accelerate launch {command}")
         return
     if accelerator.is_main_process:
-        prepare_output(args, checkpoint, plan.missing_class_images > 0)
+        prepare_output(args, own, plan.missing_class_images > 0)
     accelerator.wait_for_everyone()
-    start_trackers(checkpoint, run)
+    start_trackers(own, run)
 
     # Frozen encoders: every prompt once and, with --cache_latents, every picture
     with watched("text encoder"):
@@ -3241,14 +3242,13 @@ def main(args: argparse.Namespace) -> None:
             validation()  # also of a resumed run: a checkpoint is saved before the validation of its step
         try:
             finished = train(state, validation, fingerprint, run)
-        except UserError:  # a picture that can no longer be read must not cost the updates before it
-            if accelerator.is_main_process:
-                save_checkpoint(state, fingerprint, run)
-            raise
-        if finished:
-            if accelerator.is_main_process:
+            if finished and accelerator.is_main_process:
                 with state.averaged():
                     save_result(state.transformer, run)
+        except (UserError, TrainingError):  # as of a picture that can no longer be read, in whichever process
+            save_checkpoint(state, fingerprint, run)
+            raise
+        if finished:
             accelerator.wait_for_everyone()
             with optional("The last validation"):
                 gallery = validation(final=True)

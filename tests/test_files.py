@@ -57,6 +57,19 @@ def as_kohya(lora, alpha):
     return state, {"ss_network_dim": "4"}
 
 
+def as_onetrainer(lora, alpha):
+    state = {}
+    for module, (down, up) in lora.items():
+        name = f"transformer.{module}"
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    return state, {}
+
+
+def as_bare(lora, alpha):
+    state, _ = as_onetrainer(lora, alpha)
+    return {name.removeprefix("transformer."): tensor for name, tensor in state.items()}, {}
+
+
 def settings(config, *flags):
     argv = train_args("model", "photos", "out")
     return trainer.read_lora_settings(trainer.parse_args([*argv, *flags]), config)
@@ -73,7 +86,7 @@ def effects_of(read):
     return effects(pairs, read.alpha / read.rank)
 
 
-@pytest.mark.parametrize("write", [as_diffusers, as_comfyui, as_kohya])
+@pytest.mark.parametrize("write", [as_diffusers, as_comfyui, as_kohya, as_onetrainer, as_bare])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lora_of_each_programs_names_starts_with_its_effect_rank_and_alpha(write, dtype, config, tmp_path):
     lora = random_lora(config)

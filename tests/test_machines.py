@@ -166,6 +166,44 @@ def test_a_picture_that_can_no_longer_be_read_costs_no_update(train, tmp_path, m
     assert checkpoints(tmp_path / "out") == ["checkpoint-2"]
 
 
+def test_a_lora_that_cannot_be_saved_costs_no_update(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "save_result", lambda *_: (_ for _ in ()).throw(trainer.TrainingError("no room")))
+    status, output = train(max_train_steps=3)
+    assert status == 1 and checkpoints(tmp_path / "out") == ["checkpoint-3"]
+
+
+def test_a_run_from_anothers_checkpoint_moves_what_its_own_folder_holds(train, tmp_path):
+    train(output_dir=tmp_path / "a", checkpointing_steps=1)
+    train(checkpointing_steps=1, max_train_steps=3)
+    before = snapshot(tmp_path / "out")
+    status, output = train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-1", checkpointing_steps=9)
+    assert status == 0 and "held an earlier run: moved to" in output
+    earlier = snapshot(tmp_path / "out" / "earlier-run-1")
+    assert earlier == {name: content for name, content in before.items() if name in earlier}
+    assert {f"checkpoint-{step}/manifest.json" for step in (1, 2, 3)} <= earlier.keys() and LORA in earlier
+
+
+def test_a_run_that_goes_back_leaves_its_later_checkpoints_aside(train, tmp_path):
+    train(checkpointing_steps=1, max_train_steps=3)
+    flags = {"checkpointing_steps": 9, "max_train_steps": 4, "learning_rate": 0.01}
+    status, output = train(resume_from_checkpoint="checkpoint-1", **flags)
+    assert status == 0 and "checkpoint-3 is of a run that went on: moved to" in output
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    assert checkpoints(tmp_path / "out" / "earlier-run-1") == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("scheduler", ["polynomial", "cosine", "linear"])
+def test_a_warm_up_may_be_as_long_as_the_run(scheduler, train, tmp_path):
+    status, output = train(lr_scheduler=scheduler, lr_warmup_steps=2)
+    assert status == 0 and (tmp_path / "out" / LORA).is_file()
+
+
+def test_a_run_in_the_same_process_has_its_own_precision(train, tmp_path):
+    train(mixed_precision="bf16", max_train_steps=1, output_dir=tmp_path / "first")
+    args = trainer.parse_args(train_args("m", "d", tmp_path / "out"))
+    assert trainer.make_accelerator(args).mixed_precision == "no"
+
+
 def test_a_run_that_stopped_without_a_checkpoint_says_so(train, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", lambda *args: False)
     assert train()[1].splitlines()[-1] == "Stopped. There is no checkpoint."
@@ -363,14 +401,14 @@ def test_folders_and_files_of_the_user_that_look_like_checkpoints_stay(train, tm
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_a_checkpoint_with_a_note_of_the_user_is_kept_where_a_new_one_would_take_its_place(train, tmp_path):
+def test_a_checkpoint_with_a_note_of_the_user_moves_away_whole_where_a_new_one_takes_its_place(train, tmp_path):
     train(checkpointing_steps=1)
     (tmp_path / "out" / "checkpoint-2" / "note").write_text("mine")
     before = snapshot(tmp_path / "out" / "checkpoint-2")
     (tmp_path / "out" / "run.json").write_text(json.dumps({"finished": False, "files": {LORA: None}}))
     status, output = train(checkpointing_steps=1, resume_from_checkpoint="checkpoint-1")
-    assert status == 0 and output.count("checkpoint-2 could not be saved (it holds other files: move them away)") == 1
-    assert snapshot(tmp_path / "out" / "checkpoint-2") == before
+    assert status == 0 and checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+    assert snapshot(tmp_path / "out" / "earlier-run-1" / "checkpoint-2") == before
 
 
 def test_a_note_of_the_user_in_a_checkpoint_outlives_it(tmp_path):

@@ -193,6 +193,13 @@ def test_wide_numbers_are_read_between_black_and_the_white_that_they_fit(numbers
     assert np.abs(found - np.array(expected)[None, :, None]).max() <= 1
 
 
+def test_a_portable_float_map_is_read_as_other_floats(tmp_path):
+    numbers = struct.pack("<3f", 0, 0.5, 1)
+    (tmp_path / "ramp.pfm").write_bytes(b"Pf\n3 1\n-1.0\n" + numbers)
+    found = np.asarray(trainer.decode_image("ramp", tmp_path / "ramp.pfm"))[0, :, 0]
+    assert np.abs(found.astype(int) - [0, 128, 255]).max() <= 1
+
+
 @pytest.mark.parametrize(("numbers", "code", "kind"), [([0, 32768, 65535], "H", UNSIGNED), ([0, 0.5, 1], "f", REAL)])
 def test_a_negative_is_shown_as_a_positive(numbers, code, kind):
     data = tiff(numbers, code, kind, black_is_zero=0)
@@ -411,6 +418,18 @@ def test_a_data_set_that_was_saved_to_disk_is_read(splits, dogs, tmp_path):
     assert found == {"dog a": (255, 0, 0), "dog b": (0, 255, 0)}
 
 
+@pytest.mark.parametrize("form", ["pandas", "arrow", "torch"])
+def test_a_data_set_of_another_format_with_a_damaged_second_picture_is_read(form, dogs, tmp_path):
+    import datasets
+
+    data = datasets.load_dataset(str(dogs), cache_dir=str(tmp_path / "cache"))["train"]
+    damaged = [{"bytes": b"no picture", "path": None}] * len(data)
+    data = data.add_column("other", damaged).cast_column("other", datasets.Image())
+    data.with_format(form, columns=["image"]).save_to_disk(str(tmp_path / "saved"))
+    found = dataset_pictures(tmp_path / "saved", tmp_path / "cache")
+    assert found == {"dog a": (255, 0, 0), "dog b": (0, 255, 0)}
+
+
 def test_a_folder_with_a_zip_of_pictures_is_a_data_set(dogs, tmp_path):
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "dogs.zip", "w") as file:
@@ -555,6 +574,16 @@ def test_a_mask_may_be_a_file_of_another_size(name, tmp_path):
     (example,) = masked_examples(tmp_path)
     alpha = np.asarray(trainer.load_picture(example).getchannel("A"))
     assert (alpha[:, :28] > 250).all() and (alpha[:, 36:] < 5).all()
+
+
+def test_what_is_transparent_in_a_mask_does_not_matter(tmp_path):
+    paint(tmp_path / "a.jpg", size=(64, 64))
+    mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    mask.save(tmp_path / "a-masklabel.png")
+    (example,) = masked_examples(tmp_path)
+    alpha = np.asarray(trainer.load_picture(example).getchannel("A"))
+    assert (alpha[:, :32] == 255).all() and (alpha[:, 32:] == 0).all()
 
 
 def test_pictures_without_a_mask_weigh_1_everywhere(tmp_path):

@@ -62,7 +62,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories, self.objects = {}, {}
+        self.repositories, self.objects = {"someone/public": SimpleNamespace(private=False, files={})}, {}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -89,9 +89,18 @@ class Answer(BaseHTTPRequestHandler):
         return self.server.failures.get(repository) == kind
 
     def do_GET(self):
-        self.reply(404, error="Repository not found")
+        repository = self.path.removeprefix("/api/models/")
+        if repository in self.server.repositories:
+            self.reply(200, id=repository, private=self.server.repositories[repository].private)
+        else:
+            self.reply(404, error="Repository not found")
 
     def do_PUT(self):
+        if settings := re.fullmatch(r"/api/models/(.+/.+)/settings", self.path):
+            wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.repositories[settings[1]].private = wanted["visibility"] == "private"
+            self.reply(200)
+            return
         repository, oid = re.fullmatch(r"/large/(.+/.+)/(\w+)", self.path).groups()
         if self.failure(repository, "the connection ends while a large file is sent"):
             self.rfile.read(100)
@@ -238,6 +247,7 @@ def runs(hub, tiny_model, shared_photos, tmp_path_factory):
             "skip_final_inference": None,
         },
         "private-dog": {**pushing},  # the name of its folder is that of the repository, which exists by now
+        "public-before": {**pushing, "hub_model_id": "someone/public", "hub_private": True},
         "wrong-token": {**pushing, "hub_token": WRONG_TOKEN},
         "no-network": {**pushing, "hub_model_id": "someone/unreachable"},
         "full": {**pushing, "hub_model_id": "someone/full", "hub_private": True, "output_dir": base / "it's full"},
@@ -291,6 +301,7 @@ def test_hub_private_makes_a_private_repository(runs, hub):
 
 def test_without_hub_model_id_the_folder_names_the_repository_and_one_that_exists_is_updated(runs, hub):
     assert runs["private-dog"].status == 0, runs["private-dog"]
+    assert runs["public-before"].status == 0 and hub.repositories["someone/public"].private
     files = hub.repositories["someone/private-dog"].files
     lora = (runs["private-dog"].out / "pytorch_lora_weights.safetensors").read_bytes()
     assert files["pytorch_lora_weights.safetensors"] == lora
@@ -461,6 +472,12 @@ def test_the_cards_flags_are_as_they_were_typed_without_folders_of_this_machine(
     flags = flags_of(card)
     assert flags["resolution"] == "512,768" and flags["validation_prompt"] == "a dog --x"
     assert str(tmp_path) not in card and "cache_dir" not in flags
+
+
+def test_a_local_model_is_named_without_its_folder(tmp_path):
+    (tmp_path / "models" / "Z-Image").mkdir(parents=True)
+    card = write_card(tmp_path, model=tmp_path / "models" / "Z-Image")
+    assert "A LoRA for `Z-Image`" in card and str(tmp_path) not in card
 
 
 def test_the_cards_program_loads_the_uploaded_lora(tmp_path, runs):

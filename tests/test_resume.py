@@ -675,7 +675,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints_and_ends_with_statu
     argv = train_args(tiny_model, photos, out, **SHORT)
     finished = fork(argv, before=fill_the_disk_while_saving, check=False)
     assert str(out) in error_line(finished, status=1)
-    assert finished.output.count("could not be saved") == 3  # two checkpoints and the LoRA
+    assert finished.output.count("could not be saved") == 4  # two checkpoints, the LoRA, and so a last checkpoint
     assert checkpoints(out) == [1, 2]
     fork(argv, "--resume_from_checkpoint=latest")  # there is room again
     assert bit_identical(out, shared_run)
@@ -908,7 +908,6 @@ def rank_8_run(tiny_model, shared_photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rank-8")
     flags = {**BASE, "max_train_steps": 1}
     fork_trainer(*train_args(tiny_model, shared_photos, folder / "out", **flags), log=folder / "log.txt")
-    (folder / "out" / "run.json").unlink()  # the checkpoint says whose folder it is
     return folder / "out"
 
 
@@ -1171,7 +1170,7 @@ def test_ten_such_steps_in_a_row_end_the_run_with_one_line(tiny_model, photos, t
     finished = fork(argv, before=spoil_all_from_third, check=False)
     assert "ten steps in a row" in error_line(finished, status=1)
     assert finished.output.count("is skipped") == 10
-    assert checkpoints(out) == [4, 8]
+    assert checkpoints(out) == [4, 8, 12]  # the last for another learning rate to go on from
     assert all_finite(*out.glob("checkpoint-*/*.safetensors"))
     assert not (out / LORA).exists()
 
