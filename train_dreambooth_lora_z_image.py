@@ -679,7 +679,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if HALF_A_CHARACTER.search("".join(getattr(args, flag) or "")):
             raise UserError(f"--{flag} is not UTF-8")
     if args.learning_rate <= {"polynomial": 1e-7}.get(args.lr_scheduler, 0.0 if args.optimizer == "prodigy" else -1):
-        raise UserError("--learning_rate is too low for Prodigy, or polynomial, which ends at 1e-7: give a higher one")
+        raise UserError("--learning_rate: above 0 for --optimizer prodigy, above 1e-7 for --lr_scheduler polynomial")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets:
         raise UserError("--aspect_ratio_buckets lists all sizes: give one --resolution, that of drawn pictures")
     if len({*map(round_size, args.resolution)}) < len(args.resolution):

@@ -553,6 +553,7 @@ MALFORMED = [
     *[({name: "maybe"}, name) for name in ("prodigy_decouple", "prodigy_safeguard_warmup")],
     ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler"),
     ({"lr_scheduler": "polynomial", "learning_rate": "1e-9"}, "lr_scheduler"),
+    ({"optimizer": "prodigy", "learning_rate": 0}, "learning_rate"),
     ({"adam_beta1": "1"}, "adam_beta1"),
     ({"pretrained_model_name_or_path": None}, "pretrained_model_name_or_path"),
     ({"pretrained_model_name_or_path": "/nothing"}, "pretrained_model_name_or_path /nothing"),
