@@ -678,8 +678,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in texts:
         if HALF_A_CHARACTER.search("".join(getattr(args, flag) or "")):
             raise UserError(f"--{flag} is not UTF-8")
-    if args.learning_rate <= {"polynomial": 1e-7}.get(args.lr_scheduler, 0.0 if args.optimizer == "prodigy" else -1):
-        raise UserError("--learning_rate: above 0 for --optimizer prodigy, above 1e-7 for --lr_scheduler polynomial")
+    if args.learning_rate <= 1e-7 and (args.lr_scheduler == "polynomial" or args.optimizer == "prodigy"):
+        raise UserError("--learning_rate: give more than 1e-7 for --lr_scheduler polynomial, --optimizer prodigy")
     if len(args.resolution) > 1 and args.aspect_ratio_buckets:
         raise UserError("--aspect_ratio_buckets lists all sizes: give one --resolution, that of drawn pictures")
     if len({*map(round_size, args.resolution)}) < len(args.resolution):
@@ -2121,9 +2121,8 @@ def save_checkpoint(state: TrainingState, fingerprint: dict[str, Any], run: Run)
     """Write `checkpoint-{step}`, whole or not at all, then remove the oldest; where it fails, training goes on."""
     output_dir = Path(run.args.output_dir)
     final, part = output_dir / f"checkpoint-{state.step}", output_dir / f".checkpoint-{state.step}-{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
         state.save(part)
         manifest = {"step": state.step, "seed": run.seed, "fingerprint": fingerprint}
         manifest["files"] = {path.name: digest_of(path.read_bytes()) for path in sorted(part.iterdir())}
@@ -2385,9 +2384,8 @@ def held_out_loss(transformer: ZImageTransformer2DModel, data: TrainingData, run
 class Validation:
     """Draws pictures and measures the held-out loss of the model as it stands, and keeps the best."""
 
-    def __init__(self, state: TrainingState, data: TrainingData, stop: StopSignal, run: Run) -> None:
-        self.state, self.data, self.stop, self.run = state, data, stop, run
-        self.drawing_run = dataclasses.replace(run, pipeline=validation_pipeline(run))
+    def __init__(self, state: TrainingState, data: TrainingData, stop: StopSignal, drawing_run: Run, run: Run) -> None:
+        self.state, self.data, self.stop, self.drawing_run, self.run = state, data, stop, drawing_run, run
         if "held-out" in data.plan.examples:
             with eval_mode(state.transformer, "default"):
                 self.base = held_out_loss(state.transformer, data, run)  # of the untrained model
@@ -2633,7 +2631,7 @@ def encoding_stages(plan: TrainingPlan, run: Run, fake: Run, counter: MemoryCoun
     encode_once(prompt, fake)
     counter.peak /= run.accelerator.num_processes if args.fsdp_text_encoder else 1
     yield "text encoder"
-    class_sizes = [drawing_of("", args, by_pipeline=True).size] if plan.missing_class_images else []
+    class_sizes = [drawing_of("", args).size] if plan.missing_class_images else []
     sizes = [e.bucket for kind in examples for e in examples[kind] if args.cache_latents or kind == "held-out"]
     if sizes := sizes + (class_sizes if args.cache_latents else []):
         encode_images(load_vae(fake), torch.empty(1, 3, *max(sizes, key=math.prod), device=COUNTED), fake)
@@ -3187,7 +3185,8 @@ def main(args: argparse.Namespace) -> None:
     # What is needed later, for mistakes in it to end the run before anything is loaded
     check_precision(run)
     build_optimizer([torch.nn.Parameter(torch.zeros(1))], args, args.learning_rate)
-    for used in {info for info in (pipeline, validation_pipeline(run)) if info.transformer_file}:
+    drawing_pipeline = validation_pipeline(run)
+    for used in {info for info in (pipeline, drawing_pipeline) if info.transformer_file}:
         read_transformer_file(used)
 
     # The plan: pictures, captions, sizes, steps, memory, and whether the checkpoint belongs to it
@@ -3234,7 +3233,7 @@ def main(args: argparse.Namespace) -> None:
     gallery = []
     with watched("training"), StopSignal(functools.partial(list_checkpoints, args.output_dir)) as stop:
         state = load_training_state(plan, checkpoint, run)
-        validation = Validation(state, data, stop, run)
+        validation = Validation(state, data, stop, dataclasses.replace(run, pipeline=drawing_pipeline), run)
         validation.write_page()
         if args.validation_prompt or args.final_validation_prompt:
             logger.info(f"The pictures are shown in {Path(args.output_dir, 'samples', 'index.html')}")
@@ -3245,8 +3244,9 @@ def main(args: argparse.Namespace) -> None:
             if finished and accelerator.is_main_process:
                 with state.averaged():
                     save_result(state.transformer, run)
-        except (UserError, TrainingError):  # as of a picture that can no longer be read, in whichever process
-            save_checkpoint(state, fingerprint, run)
+        except (UserError, TrainingError) as error:
+            if accelerator.is_main_process or isinstance(error, UserError):  # one process alone reads a picture
+                save_checkpoint(state, fingerprint, run)
             raise
         if finished:
             accelerator.wait_for_everyone()

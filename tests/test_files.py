@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -454,6 +455,13 @@ def test_validation_pictures_come_from_a_transformer_in_one_file(weights, tiny_m
         (picture,) = (tmp_path / name / "samples").glob("*-000001-prompt-0-image-0.png")
         pictures.append(picture.read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_a_file_beside_a_pipeline_in_the_hubs_cache_is_loaded(weights, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "snapshot_download", lambda *_, **__: str(tiny_model))
+    monkeypatch.setattr(trainer.DiffusionPipeline, "download", lambda *_, **__: Path(tiny_model))  # of what is cached
+    path = save(original_names(weights), tmp_path / "one.safetensors")
+    trainer.load_transformer(make_run("org/Z-Image", transformer_path=path))
 
 
 @pytest.mark.parametrize("flag", ["transformer_path", "validation_model_path"])

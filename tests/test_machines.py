@@ -27,6 +27,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import save_file
@@ -200,8 +201,26 @@ def test_a_warm_up_may_be_as_long_as_the_run(scheduler, train, tmp_path):
 
 def test_a_run_in_the_same_process_has_its_own_precision(train, tmp_path):
     train(mixed_precision="bf16", max_train_steps=1, output_dir=tmp_path / "first")
+    trainer.error_once("it failed")
     args = trainer.parse_args(train_args("m", "d", tmp_path / "out"))
     assert trainer.make_accelerator(args).mixed_precision == "no"
+    assert trainer.error_once.cache_info().currsize == 0  # what failed is said again
+
+
+def test_every_process_loads_its_weights_whatever_the_launcher_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # accelerate launch's default
+    trainer.make_accelerator(trainer.parse_args(train_args("m", "d", tmp_path / "out")))
+    assert not parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+@pytest.mark.skipif(not trainer.LINUX, reason="of Linux alone")
+@pytest.mark.parametrize(("variable", "bound"), [("MIXED_PRECISION", False), ("DYNAMO_USE_FULLGRAPH", True)])
+def test_a_run_is_bound_to_its_launcher_and_to_no_shell(variable, bound, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *args: calls.append(args)))
+    monkeypatch.setenv(f"ACCELERATE_{variable}", "no")
+    trainer.start_run(trainer.parse_args(train_args("m", "d", tmp_path / "out")))
+    assert calls == [(1, signal.SIGTERM)] * bound
 
 
 def test_a_run_that_stopped_without_a_checkpoint_says_so(train, tmp_path, monkeypatch):

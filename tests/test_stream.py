@@ -282,10 +282,10 @@ def reader():
     """`reader(load, jobs, threads)`: micro-batches that are read ahead; a job is any value."""
     opened = []
 
-    def reader(load, jobs, threads=2, stopping=lambda: False):
+    def reader(load, jobs, threads=2, stopping=lambda: False, sharded=False):
         accelerator = SimpleNamespace(device=torch.device("cpu"))
         run = SimpleNamespace(
-            args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator, sharded=False
+            args=SimpleNamespace(dataloader_num_workers=threads), accelerator=accelerator, sharded=sharded
         )
         data = trainer.TrainingData(None, {}, None, run)
         data.load = load
@@ -361,6 +361,18 @@ def test_a_stop_is_not_held_up_by_a_read_that_never_returns(reader, monkeypatch)
     reading.close()
     assert time.monotonic() - started < 5
     stuck.set()
+
+
+def test_a_sharded_run_waits_for_its_pictures_as_the_other_processes_compute_with_it(reader, monkeypatch):
+    monkeypatch.setattr(trainer, "PATIENCE", 0.05)
+    monkeypatch.setattr(trainer.concurrent.futures, "wait", lambda *_, **__: time.sleep(0.01))
+
+    def load(number):
+        time.sleep(0.2)
+        return loaded(number)
+
+    reading = reader(load, range(2), 1, lambda: True, sharded=True)
+    assert [batch.noise.item() for batch in reading] == [0, 1]
 
 
 def test_an_update_in_progress_waits_a_little_for_its_pictures(reader, monkeypatch):
